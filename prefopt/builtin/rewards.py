@@ -1,0 +1,17 @@
+"""The core's own reward sources."""
+
+from __future__ import annotations
+
+from prefopt.api import RewardSource, Scorer, Services
+
+
+class TrainedReward(RewardSource):
+    """The score of a reward model that prefopt trained."""
+
+    name = "reward_model"
+
+    path: str
+    """The folder of the model."""
+
+    def open(self, services: Services) -> Scorer:
+        return services.scorer(self.path)

@@ -1,0 +1,332 @@
+"""Components: what a plugin can contribute. Each is a frozen pydantic model whose fields are its settings.
+
+A component declares and computes; it never loads a model, opens a file of the run or knows about ranks. The only door to
+models and random numbers is the `Services` object that `open` receives.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Callable, Mapping
+from collections.abc import Sequence as List
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    ValidationInfo,
+    model_serializer,
+    model_validator,
+)
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
+
+from prefopt.batch import Batch, Loss, Needs, Policy, StepContext
+from prefopt.rows import Comparison, Completion, Rollout, Row, Sequence, Text
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+
+def _resolve(cls: type[Component], value: Any, info: ValidationInfo) -> Component:
+    """The component a configuration section names. `info.context["find"]` maps (kind, name) to a class.
+
+    Raises one error that carries all of the section's errors (`ctx["errors"]`) and its class, for the reader of the file.
+    """
+    if isinstance(value, cls):
+        return value
+    if isinstance(value, str):
+        value = {cls.key: value}
+    if not isinstance(value, Mapping) or not isinstance(value.get(cls.key), str):
+        raise PydanticCustomError("component_name", f"write the {cls.kind} as {cls.key}: NAME")
+    found = info.context["find"](cls.kind, value[cls.key]) if info.context else None
+    if found is None:
+        raise PydanticCustomError("component_name", f"no {cls.kind} can be looked up here")
+    settings = {k: v for k, v in value.items() if k != cls.key}
+    try:
+        component: Component = found.model_validate_json(json.dumps(settings), strict=True, context=info.context)
+    except ValidationError as error:
+        raise PydanticCustomError("component", "invalid", {"errors": error.errors(), "cls": found}) from None
+    return component
+
+
+class Component(BaseModel):
+    """A named, configurable part. Subclasses set `name`; their fields become keys of the configuration section.
+
+    A field annotated with a kind (`reward: RewardSource`) accepts any component of that kind by its name.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    kind: ClassVar[str] = "component"
+    key: ClassVar[str] = "name"
+    """The configuration key that holds the component's name."""
+    name: ClassVar[str] = ""
+    paper: ClassVar[str] = ""
+
+    @classmethod
+    def summary(cls) -> str:
+        """The first line of the docstring."""
+        return (inspect.getdoc(cls) or "").partition("\n")[0]
+
+    @model_serializer(mode="wrap")
+    def _with_name(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {self.key: self.name, **handler(self)}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_name(cls, value: Any) -> Any:
+        if cls.name and isinstance(value, Mapping) and value.get(cls.key) == cls.name:
+            return {k: v for k, v in value.items() if k != cls.key}
+        return value
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        if cls.name:
+            return handler(source)
+        by_name = core_schema.plain_serializer_function_ser_schema(lambda component: component.model_dump())
+        return core_schema.with_info_plain_validator_function(partial(_resolve, cls), serialization=by_name)
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return handler(schema) if cls.name else {"x-component": cls.kind}
+
+
+class Services(Protocol):
+    """What a component other than an algorithm may ask the engine for when it is opened."""
+
+    def rng(self, *purpose: str | int) -> np.random.Generator:
+        """A random generator that depends on the run's seed and `purpose` alone."""
+
+    def scorer(self, path: str) -> Scorer:
+        """The reward model saved at `path`."""
+
+
+# --- algorithms ----------------------------------------------------------------------------------------------------------
+
+
+class Algorithm(Component):
+    """A preference-optimization method: what it needs, and a loss.
+
+    Set `name`, `eats` (the row kind it learns from) and `paper`; write `needs` and `loss`. `formula`, `dialect` and
+    `differences` (known differences from other implementations) are printed by `prefopt explain`.
+    """
+
+    kind: ClassVar[str] = "algorithm"
+    eats: ClassVar[type[Row]] = Comparison
+    formula: ClassVar[str] = ""
+    dialect: ClassVar[str] = ""
+    differences: ClassVar[tuple[str, ...]] = ()
+    coupled: ClassVar[bool] = False
+    """True when the loss couples a whole minibatch (a sort, say), so that it must see it in one piece."""
+
+    def needs(self) -> Needs:
+        """What the engine has to compute. Called once, before any tensor exists."""
+        return Needs()
+
+    def arrange(self, rows: List[Row]) -> list[Sequence]:
+        """The sequences to score for the rows of one global step. A group is numbered by its row's place in `rows`."""
+        return [sequence for group, row in enumerate(rows) for sequence in row.sequences(group)]
+
+    def prepare(self, batch: Batch, ctx: StepContext) -> Batch:
+        """Columns that need the whole global step (means, sorts, advantages). No gradient; default: unchanged."""
+        return batch
+
+    def loss(self, batch: Batch, policy: Policy) -> Loss:
+        """The loss of one microbatch: pure, and built from `batch.mean` so that any split gives the same sum."""
+        raise NotImplementedError(f"algorithm `{self.name}` has no loss yet: write {type(self).__name__}.loss")
+
+    def accept(self, metrics: Mapping[str, float]) -> str:
+        """`step` to update, `skip` to drop this minibatch's gradient, `stop` to end the run. Called before each update."""
+        return "step"
+
+    @property
+    def trains_reward(self) -> bool:
+        """Whether the result is a reward model instead of a policy: it asks for scores and for nothing else."""
+        return self.needs().during == {"scores"}
+
+
+# --- rewards and judges ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """A reward, or None with the `reason` it is missing; `parts` are its named summands."""
+
+    value: float | None
+    reason: str = ""
+    parts: Mapping[str, float] = field(default_factory=dict)
+
+
+Scorer = Callable[[List[Rollout]], list[list[Score]]]
+
+
+class RewardSource(Component):
+    """Scores completions. It gets whole groups (one prompt, its completions, the row's extra columns)."""
+
+    kind: ClassVar[str] = "reward"
+
+    def open(self, services: Services) -> Scorer:
+        """The function that scores; called once. Override it when a model or a random stream is needed."""
+        return self.score
+
+    def score(self, groups: List[Rollout]) -> list[list[Score]]:
+        """One score for each completion of each group. A missing score is `Score(None, reason)`, never 0."""
+        raise NotImplementedError(f"reward `{self.name}` must define score or open")
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """Two completions of one prompt, to be compared."""
+
+    prompt: Text
+    a: Completion
+    b: Completion
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """The probability that `a` is better and that neither is; None with a reason when there is no verdict."""
+
+    a_better: float | None
+    tie: float = 0.0
+    reason: str = ""
+
+
+Comparer = Callable[[List[Pair]], list[Verdict]]
+
+
+class Judge(Component):
+    """Compares completions in pairs."""
+
+    kind: ClassVar[str] = "judge"
+
+    def open(self, services: Services) -> Comparer:
+        """The function that compares; called once."""
+        return self.compare
+
+    def compare(self, pairs: List[Pair]) -> list[Verdict]:
+        """One verdict for each pair."""
+        raise NotImplementedError(f"judge `{self.name}` must define compare or open")
+
+
+# --- data and sampling -----------------------------------------------------------------------------------------------------
+
+
+class DataSource(Component):
+    """Where rows come from."""
+
+    kind: ClassVar[str] = "data source"
+    key: ClassVar[str] = "source"
+
+    def open(self, services: Services) -> List[Row]:
+        """The rows, by index. Raises `DataError` with every bad row."""
+        raise NotImplementedError(f"data source `{self.name}` must define open")
+
+    def peek(self, services: Services) -> List[Row]:
+        """A few rows, quickly and without a model, for `prefopt validate`. Default: all of them."""
+        return self.open(services)
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The local files it reads: their hashes are recorded with the run."""
+        return ()
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One completion to draw: the prompt's tokens, and the key its random numbers derive from."""
+
+    prompt: tuple[int, ...]
+    key: int
+
+
+class LanguageModel(Protocol):
+    """What a sampler sees of a model."""
+
+    network: torch.nn.Module
+    device: torch.device
+    end_ids: frozenset[int]
+
+    def decode(self, ids: List[int]) -> str:
+        """The text of completion tokens, without special tokens."""
+
+
+Drawer = Callable[[List[Request]], list[Completion]]
+
+
+class Sampler(Component):
+    """Draws completions from a model."""
+
+    kind: ClassVar[str] = "sampler"
+
+    def open(self, model: LanguageModel) -> Drawer:
+        """The function that draws one completion for each request. Its completions carry `ids` and `logps`."""
+        raise NotImplementedError(f"sampler `{self.name}` must define open")
+
+
+# --- evaluation --------------------------------------------------------------------------------------------------------------
+
+
+class Subject(Protocol):
+    """A trained model under evaluation, beside the model it is compared with."""
+
+    rows: List[Row]
+
+    def rollouts(self, n: int) -> list[Rollout]:
+        """`n` completions of the model for each held-out prompt."""
+
+    def baseline(self, n: int) -> list[Rollout]:
+        """The same of the model it is compared with."""
+
+    def log_ratios(self, rollouts: List[Rollout]) -> list[list[float]] | None:
+        """log p(completion) under the model minus under the baseline, in nats; None where the model has no density."""
+
+    def scores(self, rollouts: List[Rollout]) -> list[list[float]] | None:
+        """Scores of the reward model under evaluation; None when a policy is evaluated."""
+
+    def reward(self, source: RewardSource) -> Scorer:
+        """A reward source, opened."""
+
+
+class Task(Component):
+    """Measures a trained model."""
+
+    kind: ClassVar[str] = "task"
+
+    def evaluate(self, subject: Subject) -> Mapping[str, float]:
+        """Named measurements; a measurement that makes no sense for the subject is left out."""
+        raise NotImplementedError(f"task `{self.name}` must define evaluate")
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """A model to build from nothing: a transformers configuration (with `model_type`) and a `tokenizer.json`."""
+
+    config: Mapping[str, Any]
+    tokenizer: Mapping[str, Any]
+    special_tokens: Mapping[str, str]
+
+
+class World(Component):
+    """A bundle for experiments: the names of its data source, gold reward and annotators, and a base model."""
+
+    kind: ClassVar[str] = "world"
+    source: ClassVar[str] = ""
+    gold: ClassVar[str] = ""
+    judge: ClassVar[str] = ""
+
+    def recipe(self) -> Recipe:
+        """The base model every run in this world starts from; its weights are drawn from the run's seed."""
+        raise NotImplementedError(f"world `{self.name}` must define recipe")
+
+
+KINDS: tuple[type[Component], ...] = (Algorithm, RewardSource, Judge, DataSource, Sampler, Task, World)

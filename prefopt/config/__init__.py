@@ -1,0 +1,35 @@
+"""Configuration: what a YAML file may say, and what is wrong with it."""
+
+from prefopt.config.load import allowed_plugins, load_run, load_suite, resolved, run_from, schema
+from prefopt.config.models import (
+    CheckpointConfig,
+    DataConfig,
+    EvalConfig,
+    ModelConfig,
+    OptimConfig,
+    ReferenceConfig,
+    RunConfig,
+    RunSection,
+    SuiteConfig,
+)
+from prefopt.config.yaml import Document, dump
+
+__all__ = [
+    "CheckpointConfig",
+    "DataConfig",
+    "Document",
+    "EvalConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "ReferenceConfig",
+    "RunConfig",
+    "RunSection",
+    "SuiteConfig",
+    "allowed_plugins",
+    "dump",
+    "load_run",
+    "load_suite",
+    "resolved",
+    "run_from",
+    "schema",
+]

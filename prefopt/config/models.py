@@ -1,0 +1,262 @@
+"""What a configuration may say. Pydantic models, frozen, unknown keys refused; the string under a field is its documentation.
+
+This module knows no component by name: sections such as `algorithm` hold whatever the installed plugins offer.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_serializer,
+    model_validator,
+)
+
+from prefopt.components import Algorithm, DataSource, Sampler, Task, World
+
+NAME_RULE = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+
+
+def _checked_name(value: str) -> str:
+    if not NAME_RULE.fullmatch(value):
+        raise ValueError("a name is 1 to 64 of `a-z 0-9 . _ -` and starts with a letter or digit")
+    return value
+
+
+def _checked_dir(value: str) -> str:
+    if ".." in Path(value).parts:
+        raise ValueError("a run folder may not climb with `..`")
+    _checked_name(Path(value).name)
+    return value
+
+
+Name = Annotated[str, AfterValidator(_checked_name)]
+RunDir = Annotated[str, AfterValidator(_checked_dir)]
+Share = Annotated[float, Field(gt=0, lt=1)]
+
+
+class Section(BaseModel):
+    """A part of the configuration."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class ModelConfig(Section):
+    """The model to train."""
+
+    path: str
+    """A folder with a Hugging Face model, or `world:NAME` for the untrained base model of a world."""
+    attention: Literal["sdpa", "eager"] = "sdpa"
+    """The attention implementation of transformers."""
+    trust_remote_code: bool = False
+    """Whether code that came with the model may run. It never does unless this says so."""
+
+
+class DataConfig(Section):
+    """The rows to train on: a data source with its own keys, and how its text becomes tokens."""
+
+    source: DataSource
+    """Where the rows come from; its settings stand beside it."""
+    max_length: Annotated[int, Field(ge=2)] | None = None
+    """The most tokens a prompt and its completion may have together."""
+    overflow: Literal["stop", "drop", "truncate"] = "stop"
+    """What to do with longer sequences: stop with an error, drop their row, or cut the prompt's start, then the
+    completion's end. Dropped and cut rows are counted."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _nest_source(cls, value: Any) -> Any:
+        if not isinstance(value, dict) or isinstance(value.get("source"), dict | DataSource):
+            return value
+        own = {k: v for k, v in value.items() if k in cls.model_fields and k != "source"}
+        rest = {k: v for k, v in value.items() if k not in own}
+        return {**own, "source": rest} if "source" in rest else value
+
+    @model_serializer(mode="wrap")
+    def _flatten_source(self, handler: Any) -> dict[str, Any]:
+        data = handler(self)
+        return {**data.pop("source"), **data}
+
+
+class OptimConfig(Section):
+    """The optimizer: fused AdamW."""
+
+    lr: PositiveFloat = 1e-6
+    """Peak learning rate."""
+    batch_size: PositiveInt = 32
+    """Rows of the data source in one step, over all ranks."""
+    schedule: Literal["constant", "linear", "cosine"] = "linear"
+    """How the learning rate falls after the warm-up, to `final_lr` times its peak."""
+    warmup: NonNegativeFloat = Field(0.0, lt=1)
+    """Share of the updates over which the learning rate rises from 0."""
+    final_lr: NonNegativeFloat = Field(0.0, le=1)
+    """The last learning rate as a share of the peak."""
+    weight_decay: NonNegativeFloat = 0.0
+    """Decoupled weight decay, on matrices only."""
+    betas: tuple[Share, Share] = (0.9, 0.999)
+    """Decay of the running mean of the gradient and of its square."""
+    eps: PositiveFloat = 1e-8
+    """Added to the denominator of AdamW."""
+    max_grad_norm: PositiveFloat | None = 1.0
+    """Gradients with a larger norm are scaled down to it."""
+    token_budget: PositiveInt = 8192
+    """The most tokens, padding included, in one forward pass; it changes memory and speed, not the numbers."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the forward and backward pass. Weights, optimizer and log-probabilities are float32 always."""
+
+
+class ReferenceConfig(Section):
+    """The model that log-probabilities are compared with. Default: the policy as it starts."""
+
+    path: str | None = None
+    """Another model as reference."""
+    mode: Literal["cached", "resident"] = "cached"
+    """`cached` scores each sequence once, before training; `resident` keeps the reference in memory and scores each step."""
+    every: PositiveInt | None = None
+    """Move the reference towards the policy every so many steps (TR-DPO, arXiv:2404.09656)."""
+    mix: Annotated[float, Field(gt=0, le=1)] | None = None
+    """The policy's share when the reference moves."""
+
+    @model_validator(mode="after")
+    def _moving_is_whole(self) -> ReferenceConfig:
+        if (self.every is None) != (self.mix is None):
+            raise ValueError("a moving reference needs both `every` and `mix`")
+        if self.every is not None and "mode" in self.model_fields_set:
+            raise ValueError("a moving reference is always in memory: leave `mode` out")
+        return self
+
+
+class EvalConfig(Section):
+    """Evaluation on held-out rows while training."""
+
+    every: PositiveInt
+    """Evaluate after every so many steps, and at the end."""
+    data: DataConfig | None = None
+    """Held-out rows. Default: a share of the training rows, which is then not trained on."""
+    holdout: Annotated[float, Field(gt=0, le=0.5)] = 0.05
+    """That share."""
+    rows: PositiveInt = 256
+    """The most held-out rows to use."""
+    samples: NonNegativeInt = 0
+    """Prompts to sample a reply for, written to `samples.jsonl`; they also give `kl/sequence`."""
+    tasks: tuple[Task, ...] = ()
+    """Further measurements."""
+    metric: str = "loss/total"
+    """The metric that decides what is best."""
+    goal: Literal["min", "max"] = "min"
+    """Whether a smaller or a larger value of it is better."""
+    patience: PositiveInt | None = None
+    """Stop after so many evaluations in a row without a better value."""
+    keep_best: bool = False
+    """Export the best evaluated model instead of the last one."""
+
+
+class CheckpointConfig(Section):
+    """Checkpoints to resume from."""
+
+    every: PositiveInt = 100
+    """Save after every so many steps; the last step is always saved."""
+    keep: PositiveInt = 2
+    """How many to keep, beside the best."""
+
+
+class RunSection(Section):
+    """The run itself."""
+
+    dir: RunDir
+    """The folder everything is written to."""
+    seed: NonNegativeInt = 0
+    """Every random choice derives from it."""
+    epochs: PositiveFloat | None = None
+    """Passes over the data (default 1)."""
+    steps: PositiveInt | None = None
+    """Steps, instead of epochs."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute."""
+    threads: PositiveInt | None = None
+    """CPU threads; part of what makes two runs equal bit for bit."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """When to save."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> RunSection:
+        if self.epochs is not None and self.steps is not None:
+            raise ValueError("give `epochs` or `steps`, not both")
+        return self
+
+
+class PluginsConfig(Section):
+    """Which plugins may load."""
+
+    allow: tuple[str, ...] | None = None
+    """Distribution names; the core's own components are always there."""
+
+
+class RunConfig(Section):
+    """One training run."""
+
+    prefopt: Literal[1]
+    """The version of this format."""
+    model: ModelConfig
+    data: DataConfig
+    algorithm: Algorithm
+    """The method, by name, with its hyperparameters."""
+    optim: OptimConfig = OptimConfig()
+    reference: ReferenceConfig | None = None
+    eval: EvalConfig | None = None
+    sampler: Sampler | None = None
+    """How to draw completions for evaluation. Default: `plain`."""
+    run: RunSection
+    plugins: PluginsConfig = PluginsConfig()
+
+
+class BestOf(Section):
+    """Best-of-n sampling with a reward model."""
+
+    n: Annotated[int, Field(ge=2)]
+    """Completions to draw; the one with the highest reward is the answer."""
+
+
+class SuiteConfig(Section):
+    """A comparison: runs that differ in a few settings, repeated over seeds. A cell is one method x seed x setting."""
+
+    prefopt: Literal[1]
+    """The version of this format."""
+    name: Name
+    """The name of the suite."""
+    world: World
+    """Where data, gold reward, annotators and the base model come from."""
+    seeds: Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)] = (0, 1, 2)
+    """A seed redraws data, annotators, initialisation and sampling."""
+    stages: dict[Name, dict[str, Any]] = {}
+    """Runs that cells share, each trained once per seed; a run refers to one as `stage:NAME`."""
+    baseline: Name
+    """The stage that cells are compared with. What it costs is not counted."""
+    base: dict[str, Any]
+    """The run that every cell starts from."""
+    methods: Annotated[tuple[dict[str, Any], ...], Field(min_length=1)]
+    """What each method changes in it: `label`, then sections of a run; `stage: NAME` evaluates a stage as it is;
+    `best_of: {n: 16}` decodes from the baseline with the reward model the cell trained."""
+    axes: dict[str, Annotated[list[Any], Field(min_length=1)]] = {}
+    """Settings to vary, as dotted keys with lists; every method runs in every combination."""
+    tasks: Annotated[tuple[Task, ...], Field(min_length=1)]
+    """What to measure."""
+    sampler: Sampler | None = None
+    """How completions are drawn for the measurements."""
+    prompts: PositiveInt = 128
+    """Held-out prompts to measure on."""
+    held_out: DataConfig
+    """Where those come from."""
+    workers: PositiveInt | None = None
+    """Processes. Default: one for each CPU core."""
+    plugins: PluginsConfig = PluginsConfig()

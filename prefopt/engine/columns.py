@@ -1,0 +1,100 @@
+"""What is computed without gradient for a whole step: live outputs of every sequence, and the columns a method needs."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from prefopt.batch import Batch
+from prefopt.components import Algorithm
+from prefopt.data.assemble import Assembled
+from prefopt.data.render import Tokens
+from prefopt.engine.forward import run
+from prefopt.engine.plan import Micro, plan
+from prefopt.engine.ranks import Ranks
+from prefopt.engine.reference import Reference
+
+
+@dataclass
+class Meter:
+    """Tokens that went through models, over all ranks: real tokens, no padding."""
+
+    forward: int = 0
+    backward: int = 0
+    sampled: int = 0
+
+
+@dataclass
+class Forwarder:
+    """Runs a wrapped scorer over the sequences of a step, in microbatches, each rank its part."""
+
+    module: nn.Module
+    ranks: Ranks
+    budget: int
+    dtype: str
+    meter: Meter = field(default_factory=Meter)
+
+    def plan(self, built: Assembled) -> list[Micro]:
+        """This rank's microbatches."""
+        lengths = [len(t) for t in built.tokens]
+        return plan(lengths, built.batch.group.tolist(), self.budget, self.ranks.world)[self.ranks.rank]
+
+    def live(self, tokens: Sequence[Tokens], want: Collection[str]) -> dict[str, Tensor]:
+        """The outputs of one microbatch, with gradient when gradients are on."""
+        return run(self.module, tokens, want, self.ranks.device, self.dtype)
+
+    @torch.no_grad()
+    def whole(self, built: Assembled, want: Collection[str]) -> dict[str, Tensor]:
+        """The outputs of every sequence, on the CPU, the same on every rank: [N] or [N, T]."""
+        shape = {name: (len(built.batch),) if name == "scores" else built.batch.mask.shape for name in want}
+        out = {name: torch.zeros(shape[name]) for name in want}
+        for micro in self.plan(built):
+            found = self.live([built.tokens[i] for i in micro.index], want)
+            if not micro.idle:
+                _place(out, found, micro.index)
+        self.meter.forward += sum(map(len, built.tokens))
+        return {name: self.ranks.sum(x) for name, x in out.items()}
+
+
+def _place(out: dict[str, Tensor], found: dict[str, Tensor], index: Sequence[int]) -> None:
+    rows = torch.tensor(index)
+    for name, x in found.items():
+        if x.dim() == 1:
+            out[name][rows] = x.cpu()
+        else:
+            out[name][rows, : x.shape[1]] = x.cpu()
+
+
+def fill(built: Assembled, algorithm: Algorithm, forwarder: Forwarder, reference: Reference | None) -> Assembled:
+    """The step with the columns that `needs().before` asks for, of the roles it asks for; 0 elsewhere."""
+    columns: dict[str, Tensor] = {}
+    for name, roles in algorithm.needs().columns.items():
+        index = [i for i, role in enumerate(built.batch.role.tolist()) if role in roles]
+        part = built.select(index)
+        values = torch.zeros(built.batch.mask.shape)
+        if index:
+            found = _column(name, part, forwarder, reference)
+            values[torch.tensor(index), : found.shape[1]] = found
+        columns[name] = values
+    return Assembled(built.batch.with_columns(**columns), built.tokens)
+
+
+def _column(name: str, part: Assembled, forwarder: Forwarder, reference: Reference | None) -> Tensor:
+    if name == "reference_logps":
+        assert reference is not None, "the session gives every algorithm that needs it a reference"
+        return _reference_logps(part.batch, part.tokens, forwarder, reference)
+    output = {"old_logps": "logps", "old_values": "values"}[name]
+    return forwarder.whole(part, (output,))[output]
+
+
+def _reference_logps(batch: Batch, tokens: Sequence[Tokens], forwarder: Forwarder, reference: Reference) -> Tensor:
+    out = torch.zeros(batch.mask.shape)
+    ranks = forwarder.ranks
+    mine = range(ranks.rank, len(tokens), ranks.world)
+    for i, logps in zip(mine, reference.logps([tokens[i] for i in mine]) if len(mine) else [], strict=True):
+        out[i, : len(logps)] = logps
+    forwarder.meter.forward += reference.cost(tokens)
+    return ranks.sum(out)

@@ -1,0 +1,18 @@
+"""From logits to what a loss needs. The plain path: whole logits, in float32. It stays as the oracle of faster ones."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def token_logps(logits: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
+    """log p(target) under softmax(logits / temperature), computed in float32. [..., V], [...] -> [...]."""
+    scaled = logits.float() / temperature
+    return scaled.gather(-1, targets[..., None]).squeeze(-1) - torch.logsumexp(scaled, dim=-1)
+
+
+def token_entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """`-Σ p log p` of softmax(logits / temperature), in nats. [..., V] -> [...]."""
+    logps = torch.log_softmax(logits.float() / temperature, dim=-1)
+    return -(logps.exp() * logps).sum(-1)

@@ -1,0 +1,74 @@
+"""A trained model under evaluation: what tasks may ask of it. Draws and scores once, however many tasks ask."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Sequence as List
+from dataclasses import dataclass, field
+
+from prefopt.components import RewardSource, Scorer, Services
+from prefopt.data.render import Renderer, Tokens
+from prefopt.engine.forward import Scorer as Module
+from prefopt.engine.models import Model
+from prefopt.engine.reference import Resident
+from prefopt.errors import ConfigError
+from prefopt.rows import Rollout, Row
+
+Draws = Callable[[int], list[Rollout]]
+TOKEN_BUDGET = 16_384
+
+
+@dataclass
+class Measured:
+    """Implements `prefopt.components.Subject`.
+
+    `draws` and `baseline_draws` give n completions for each row; `policy` and `other` are the models behind them, where
+    they have densities; `scorer` is the reward model under evaluation, if one is.
+    """
+
+    rows: List[Row]
+    services: Services
+    renderer: Renderer
+    draws: Draws | None = None
+    baseline_draws: Draws | None = None
+    policy: Model | None = None
+    other: Model | None = None
+    scorer: Scorer | None = None
+    _kept: dict[tuple[str, int], list[Rollout]] = field(default_factory=dict)
+
+    def rollouts(self, n: int) -> list[Rollout]:
+        return self._once("policy", self.draws, n)
+
+    def baseline(self, n: int) -> list[Rollout]:
+        return self._once("baseline", self.baseline_draws, n)
+
+    def _once(self, name: str, draws: Draws | None, n: int) -> list[Rollout]:
+        if draws is None:
+            raise ConfigError(f"a task asks for samples of the {name}, but there is none to sample from")
+        if (name, n) not in self._kept:
+            self._kept[name, n] = draws(n)
+        return self._kept[name, n]
+
+    def log_ratios(self, rollouts: List[Rollout]) -> list[list[float]] | None:
+        if self.policy is None or self.other is None:
+            return None
+        above, below = self._logps(self.policy, rollouts), self._logps(self.other, rollouts)
+        return [[a - b for a, b in zip(x, y, strict=True)] for x, y in zip(above, below, strict=True)]
+
+    def _logps(self, model: Model, rollouts: List[Rollout]) -> list[list[float]]:
+        tokens: list[Tokens] = []
+        for group in rollouts:
+            tokens += [self.renderer.tokens(group.prompt, completion) for completion in group.completions]
+        order = sorted(range(len(tokens)), key=lambda i: len(tokens[i]))
+        found = Resident(Module(model.network), model.device, TOKEN_BUDGET).logps([tokens[i] for i in order])
+        sums = dict(zip(order, (float(x.double().sum()) for x in found), strict=True))
+        places = iter(range(len(tokens)))
+        return [[sums[next(places)] for _ in group.completions] for group in rollouts]
+
+    def scores(self, rollouts: List[Rollout]) -> list[list[float]] | None:
+        if self.scorer is None:
+            return None
+        return [[s.value for s in scores if s.value is not None] for scores in self.scorer(rollouts)]
+
+    def reward(self, source: RewardSource) -> Scorer:
+        return source.open(self.services)

@@ -1,0 +1,142 @@
+"""Loads, builds and saves models. The only module that calls `from_pretrained` for weights; code that came with a model
+never runs unless the configuration says so, and weights are read from safetensors alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
+from transformers.utils import logging as transformers_logging
+
+from prefopt.components import Recipe
+from prefopt.config import ModelConfig
+from prefopt.data.render import Tokenizer, load_tokenizer
+from prefopt.data.streams import derive
+from prefopt.engine.forward import Scorer
+from prefopt.errors import ConfigError
+
+transformers_logging.set_verbosity_error()
+transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+
+PAD = "<|pad|>"
+
+
+@dataclass(frozen=True)
+class Model:
+    """A network with its tokenizer, on a device: what samplers and evaluations see."""
+
+    network: nn.Module
+    tokenizer: Tokenizer
+    device: torch.device
+
+    @property
+    def end_ids(self) -> frozenset[int]:
+        """The tokens that end a completion."""
+        configured = getattr(self.network.generation_config, "eos_token_id", None) or []  # type: ignore[union-attr]
+        listed = configured if isinstance(configured, list) else [configured]
+        return frozenset(i for i in (*listed, self.tokenizer.eos_token_id) if i is not None)
+
+    def decode(self, ids: Any) -> str:
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+def load_causal(config: ModelConfig) -> nn.Module:
+    """The causal language model at `config.path`, in float32."""
+    return _load(AutoModelForCausalLM.from_pretrained, config)
+
+
+def load_classifier(config: ModelConfig, tokenizer: Tokenizer, seed: int) -> nn.Module:
+    """A one-score sequence classifier at `config.path`, or one built on a causal model, its head drawn from `seed`.
+
+    The padding token is made distinct from the end of sequence: transformers reads the score at the last token that is
+    not padding. The head starts as N(0, 1/(h+1)) (Huang et al. 2024, arXiv:2403.17031).
+    """
+    network = _load(AutoModelForSequenceClassification.from_pretrained, config, num_labels=1)
+    _separate_padding(network, tokenizer)
+    if not _is_classifier(Path(config.path)):
+        weight = network.score.weight  # type: ignore[union-attr]
+        with torch.no_grad():
+            noise = torch.randn(weight.shape, generator=_generator(seed, "score head"))  # type: ignore[arg-type]
+            weight.copy_(noise / (weight.shape[1] + 1) ** 0.5)  # type: ignore[index,operator]
+    return network
+
+
+def _is_classifier(folder: Path) -> bool:
+    path = folder / "config.json"
+    names = json.loads(path.read_text("utf-8")).get("architectures") or [] if path.is_file() else []
+    return any("ForSequenceClassification" in name for name in names)
+
+
+def _separate_padding(network: Any, tokenizer: Tokenizer) -> None:
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+        tokenizer.add_special_tokens({"pad_token": PAD})
+        if len(tokenizer) > network.config.get_text_config().vocab_size:
+            network.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+            with torch.no_grad():
+                network.get_input_embeddings().weight[tokenizer.pad_token_id].zero_()
+    network.config.pad_token_id = tokenizer.pad_token_id
+
+
+def _load(load: Callable[..., Any], config: ModelConfig, **options: Any) -> nn.Module:
+    try:
+        network = load(
+            config.path,
+            dtype=torch.float32,
+            attn_implementation=config.attention,
+            trust_remote_code=config.trust_remote_code,
+            use_safetensors=True,
+            **options,
+        )
+    except (OSError, ValueError) as error:
+        what = str(error).partition("\n")[0]
+        raise ConfigError(f"the model `{config.path}` cannot be loaded: {what}", where="model.path") from None
+    return network.eval()  # type: ignore[no-any-return]
+
+
+def _generator(*names: str | int) -> torch.Generator:
+    return torch.Generator().manual_seed(derive(*names))
+
+
+def build(recipe: Recipe, folder: Path, seed: int) -> None:
+    """Writes an untrained model, its weights drawn from `seed`, and its tokenizer to `folder`."""
+    from tokenizers import Tokenizer as RawTokenizer
+
+    raw = RawTokenizer.from_str(json.dumps(recipe.tokenizer))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, **recipe.special_tokens)
+    ids = {f"{name}_id": getattr(tokenizer, f"{name}_id") for name in recipe.special_tokens}
+    settings = {"bos_token_id": None, **recipe.config, "vocab_size": len(tokenizer), **ids}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive(seed, "base model"))
+        network = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings))
+    network.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def save(scorer: Scorer, tokenizer: Tokenizer, folder: Path, state: Mapping[str, torch.Tensor] | None = None) -> None:
+    """Writes a model that `from_pretrained` loads; a value head goes into a file of its own."""
+    network: Any = scorer.network
+    state = scorer.state_dict() if state is None else state
+    own = {name.removeprefix("network."): x for name, x in state.items() if name.startswith("network.")}
+    network.save_pretrained(folder, state_dict=own)
+    tokenizer.save_pretrained(folder)
+    head = {name: x for name, x in state.items() if name.startswith("value_head.")}
+    if head:
+        save_file(head, folder / "value_head.safetensors")
+
+
+def open_model(path: str, device: torch.device) -> Model:
+    """A saved causal model, for sampling and scoring."""
+    config = ModelConfig(path=path)
+    return Model(load_causal(config).to(device), load_tokenizer(path), device)

@@ -1,0 +1,68 @@
+"""Fused AdamW, schedules, clipping. The learning rate is a pure function of the number of updates made."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from prefopt.config import OptimConfig
+
+
+def learning_rate(config: OptimConfig, update: int, total: int) -> float:
+    """The rate of update number `update` (from 0) of `total`: a linear warm-up from 0, then the schedule.
+
+    >>> c = OptimConfig(lr=1.0, schedule="linear", warmup=0.2)
+    >>> [round(learning_rate(c, u, 10), 3) for u in (0, 1, 2, 6, 9)]
+    [0.5, 1.0, 1.0, 0.5, 0.125]
+    """
+    warm = round(config.warmup * total)
+    if update < warm:
+        return config.lr * (update + 1) / warm
+    progress = (update - warm) / max(total - warm, 1)
+    shape = {"constant": 1.0, "linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2}[config.schedule]
+    return config.lr * max(shape, config.final_lr)
+
+
+class Optimizer:
+    """AdamW over the named parameters of a module; weight decay on matrices only."""
+
+    def __init__(self, module: nn.Module, config: OptimConfig) -> None:
+        self.config = config
+        self.named = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        matrices = [p for p in self.named.values() if p.dim() >= 2]
+        others = [p for p in self.named.values() if p.dim() < 2]
+        groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+        self.adamw = torch.optim.AdamW(
+            [g for g in groups if g["params"]], lr=config.lr, betas=config.betas, eps=config.eps, fused=True
+        )
+
+    def clip(self) -> Tensor:
+        """Scales the gradients down to the configured norm; returns the norm they had."""
+        limit = math.inf if self.config.max_grad_norm is None else self.config.max_grad_norm
+        return torch.nn.utils.clip_grad_norm_(self.named.values(), limit)
+
+    def step(self, rate: float) -> None:
+        """One update with learning rate `rate`."""
+        for group in self.adamw.param_groups:
+            group["lr"] = rate
+        self.adamw.step()
+
+    def clear(self) -> None:
+        """Forgets the gradients."""
+        self.adamw.zero_grad(set_to_none=True)
+
+    def state(self) -> dict[str, Tensor]:
+        """Every tensor of the optimizer under `parameter.quantity`."""
+        states = ((name, self.adamw.state.get(p, {})) for name, p in self.named.items())
+        return {f"{name}.{quantity}": x for name, state in states for quantity, x in state.items()}
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Restores what `state` returned."""
+        for key, x in tensors.items():
+            name, _, quantity = key.rpartition(".")
+            parameter = self.named[name]
+            home = parameter.device if x.dim() or parameter.device.type == "cuda" else torch.device("cpu")
+            self.adamw.state[parameter][quantity] = x.to(home)

@@ -1,0 +1,63 @@
+"""Devices and processes, through accelerate. The rest of the engine asks here and never counts ranks itself."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import reduce
+from torch import Tensor, nn
+
+from prefopt.errors import ResourceError
+
+
+class Ranks:
+    """This process's place among the ranks, and its device."""
+
+    def __init__(self, device: Literal["auto", "cpu", "cuda"] = "auto", threads: int | None = None) -> None:
+        if device == "cuda" and not torch.cuda.is_available():
+            raise ResourceError("no CUDA device is available", where="run.device", fix="Set run.device to auto or cpu.")
+        if threads is not None:
+            torch.set_num_threads(threads)
+        self.state = PartialState(cpu=device == "cpu" or not torch.cuda.is_available())
+        self.rank: int = self.state.process_index
+        self.world: int = self.state.num_processes
+        self.device = torch.device(self.state.device)
+        if self.device.type == "cpu":
+            torch.use_deterministic_algorithms(True)
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, x: Tensor) -> Tensor:
+        """The sum over ranks, the same tensor on all of them."""
+        return x if self.world == 1 else reduce(x.to(self.device), "sum").to(x.device)
+
+    def any(self, flag: bool) -> bool:
+        """Whether any rank says yes."""
+        return bool(self.sum(torch.tensor(float(flag))) > 0)
+
+    def wait(self) -> None:
+        """Returns when every rank has come here."""
+        self.state.wait_for_everyone()
+
+    def wrap(self, module: nn.Module) -> nn.Module:
+        """The module on this rank's device, its gradients averaged over ranks when there are several."""
+        module = module.to(self.device)
+        if self.world == 1:
+            return module
+        return nn.parallel.DistributedDataParallel(
+            module, device_ids=[self.device] if self.device.type == "cuda" else None, broadcast_buffers=False
+        )
+
+    def accumulating(self, module: nn.Module, last: bool) -> AbstractContextManager[Any]:
+        """Keeps gradients local until the `last` backward pass of a minibatch."""
+        return module.no_sync() if self.world > 1 and not last else nullcontext()  # type: ignore[operator]
+
+
+def unwrap(module: nn.Module) -> nn.Module:
+    """The module inside the wrapper of `Ranks.wrap`."""
+    return module.module if isinstance(module, nn.parallel.DistributedDataParallel) else module

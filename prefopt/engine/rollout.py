@@ -1,0 +1,23 @@
+"""Draws completions through a sampler. Knows rows, requests and keys; how tokens are drawn is the sampler's business."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as List
+
+from prefopt.components import Drawer, Request
+from prefopt.data.render import Renderer
+from prefopt.data.streams import derive
+from prefopt.rows import Rollout, Row
+
+
+def draw(drawer: Drawer, renderer: Renderer, rows: List[Row], n: int, *key: str | int) -> list[Rollout]:
+    """`n` completions for the prompt of each row. Draw k for row i depends on `key`, i and k alone."""
+    prompts = [renderer.prompt_ids(row.prompt) for row in rows]
+    requests = [
+        Request(prompt, derive(*key, row.index, k)) for row, prompt in zip(rows, prompts, strict=True) for k in range(n)
+    ]
+    drawn = drawer(requests)
+    return [
+        Rollout(prompt=row.prompt, index=row.index, extra=row.extra, completions=tuple(drawn[i * n : (i + 1) * n]))
+        for i, row in enumerate(rows)
+    ]

@@ -1,0 +1,72 @@
+"""What components may ask for: named random streams and saved reward models."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as List
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+
+from prefopt.components import Score
+from prefopt.config import ModelConfig
+from prefopt.data.render import Renderer, Tokens, find_model, load_tokenizer
+from prefopt.data.streams import generator
+from prefopt.engine.forward import Scorer as Module
+from prefopt.engine.forward import run
+from prefopt.engine.models import load_classifier
+from prefopt.engine.plan import plan
+from prefopt.errors import ConfigError
+from prefopt.rows import Rollout
+
+TOKEN_BUDGET = 16_384
+
+
+@dataclass(frozen=True)
+class EngineServices:
+    """Implements `prefopt.components.Services` for one seed and device."""
+
+    seed: int
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    def rng(self, *purpose: str | int) -> np.random.Generator:
+        return generator(self.seed, "component", *purpose)
+
+    def scorer(self, path: str) -> RewardModel:
+        """Raises `ConfigError` when there is no model at `path`."""
+        if find_model(path) is None:
+            raise ConfigError(f"there is no reward model at `{path}`")
+        tokenizer = load_tokenizer(path)
+        network = load_classifier(ModelConfig(path=path), tokenizer, seed=0)
+        return RewardModel(Module(network).to(self.device), Renderer(tokenizer), self.device)
+
+
+@dataclass
+class RewardModel:
+    """A reward model as a function of rollouts. It reads text through its own tokenizer; `tokens` counts what it read."""
+
+    module: Module
+    renderer: Renderer
+    device: torch.device
+    tokens: int = 0
+
+    def __call__(self, groups: List[Rollout]) -> list[list[Score]]:
+        flat = [
+            self.renderer.tokens(group.prompt, replace(completion, ids=None))
+            for group in groups
+            for completion in group.completions
+        ]
+        scores = iter(self._scores(flat))
+        return [[Score(next(scores)) for _ in group.completions] for group in groups]
+
+    @torch.no_grad()
+    def _scores(self, tokens: List[Tokens]) -> list[float]:
+        self.tokens += sum(map(len, tokens))
+        scores: dict[int, float] = {}
+        order = sorted(range(len(tokens)), key=lambda i: len(tokens[i]))
+        lengths = [len(tokens[i]) for i in order]
+        for micro in plan(lengths, range(len(order)), TOKEN_BUDGET)[0] if tokens else []:
+            index = [order[i] for i in micro.index]
+            found = run(self.module, [tokens[i] for i in index], ("scores",), self.device)["scores"]
+            scores.update(zip(index, found.tolist(), strict=True))
+        return [scores[i] for i in range(len(tokens))]

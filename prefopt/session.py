@@ -1,0 +1,383 @@
+"""From a configuration to a run folder: the only file that puts the pieces together."""
+
+from __future__ import annotations
+
+import json
+import platform
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Sequence as List
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from prefopt.components import Sampler
+from prefopt.config import DataConfig, ModelConfig, RunConfig, dump, resolved
+from prefopt.data.adapt import adapt
+from prefopt.data.assemble import Assembler
+from prefopt.data.render import Renderer, load_tokenizer
+from prefopt.data.streams import Order, derive, split
+from prefopt.engine import checkpoint as checkpoints
+from prefopt.engine.card import card
+from prefopt.engine.columns import Forwarder, Meter
+from prefopt.engine.evaluate import Evaluator, judge
+from prefopt.engine.folder import RunFolder, write_text
+from prefopt.engine.forward import Scorer
+from prefopt.engine.loop import Loop, Progress
+from prefopt.engine.measure import Measured
+from prefopt.engine.models import Model, build, load_causal, load_classifier, open_model, save
+from prefopt.engine.optimize import Optimizer
+from prefopt.engine.ranks import Ranks
+from prefopt.engine.record import TIMINGS, Recorder, numbers
+from prefopt.engine.reference import Cached, Moving, Reference, Resident
+from prefopt.engine.rollout import draw
+from prefopt.engine.services import EngineServices, RewardModel
+from prefopt.errors import ConfigError, DataError, Preempted
+from prefopt.hookspecs import RunInfo
+from prefopt.plugins import Plugins
+from prefopt.rows import Prompt, Rollout, Row
+
+WORLD = "world:"
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished run: its folder, how it ended, and the budget it used."""
+
+    folder: Path
+    outcome: str
+    budget: Mapping[str, int]
+
+    @property
+    def model(self) -> Path:
+        return self.folder / "model"
+
+
+def train(config: RunConfig, plugins: Plugins, *, resume: bool = False, warn: Callable[[str], None] = print) -> Result:
+    """Runs a configuration to its end. Raises `PrefoptError` for whatever the user can mend; nothing saved is lost."""
+    ranks = Ranks(config.run.device, config.run.threads)
+    folder = RunFolder(Path(config.run.dir))
+    if ranks.main and not resume:
+        folder.create()
+    ranks.wait()
+    if not ranks.main:
+        return Session(config, plugins, ranks, folder, warn).run(resume)
+    with folder.locked():
+        return Session(config, plugins, ranks, folder, warn).run(resume)
+
+
+@dataclass
+class Session:
+    """One run, being put together and carried out."""
+
+    config: RunConfig
+    plugins: Plugins
+    ranks: Ranks
+    folder: RunFolder
+    warn: Callable[[str], None]
+
+    def run(self, resume: bool) -> Result:
+        torch.manual_seed(derive(self.config.run.seed, "torch"))
+        self.services = EngineServices(self.config.run.seed, self.ranks.device)
+        self.recorder = Recorder(self.folder.path, self.ranks.main)
+        self._describe()
+        loop, evaluator = self._build()
+        info = RunInfo(self.folder.path, self.config.algorithm.name, loop.progress.step, loop.total)
+        self._notify("prefopt_run_started", run=info)
+        outcome = "failed"
+        try:
+            with _stop_requests() as requests:
+                loop.run(lambda metrics, seconds: self._after_step(loop, evaluator, info, metrics, seconds, requests))
+            outcome = "stopped" if loop.progress.step < loop.total else "finished"
+            return self._finish(loop, outcome)
+        except Preempted:
+            outcome = "preempted"
+            raise
+        finally:
+            self._notify("prefopt_run_finished", run=info, outcome=outcome)
+
+    def _notify(self, hook: str, **arguments: Any) -> None:
+        if self.ranks.main:
+            self.plugins.notify(hook, self._observer_failed, **arguments)
+
+    def _observer_failed(self, name: str, error: Exception) -> None:
+        self.warn(f"observer {name} failed and is ignored: {type(error).__name__}: {error}")
+
+    # --- putting together ----------------------------------------------------------------------------------------------
+
+    def _build(self) -> tuple[Loop, Evaluator | None]:
+        """The loop, restored from the last checkpoint if there is one, and the evaluation beside it."""
+        config = self.config
+        self.model = self._model_config(config.model)
+        self.tokenizer = load_tokenizer(self.model.path, self.model.trust_remote_code)
+        scorer = self._scorer(self.model)
+        assembler, rows, held_out = self._data(scorer)
+        order = Order(rows, config.optim.batch_size, config.run.seed)
+        total = config.run.steps or max(1, round((config.run.epochs or 1.0) * order.steps_per_epoch))
+        assembler.check(dict.fromkeys(i for step in range(min(total, order.steps_per_epoch)) for i in order.step(step)))
+        reference = self._reference(scorer)
+        forwarder = Forwarder(self.ranks.wrap(scorer), self.ranks, config.optim.token_budget, config.optim.precision)
+        optimizer = Optimizer(scorer, config.optim)
+        loop = Loop(
+            config.algorithm, config.optim, assembler, order, total, config.run.seed, forwarder, optimizer, reference
+        )
+        evaluator = self._evaluator(loop, held_out)
+        if isinstance(reference, Cached):
+            self._fill(reference, loop, evaluator)
+        self._restore(loop)
+        return loop, evaluator
+
+    def _model_config(self, model: ModelConfig) -> ModelConfig:
+        """The model with `world:NAME` replaced by a folder in which the world's base model has been built."""
+        if not model.path.startswith(WORLD):
+            return model
+        world = self.plugins.registry.find("world", model.path.removeprefix(WORLD)).cls()
+        if self.ranks.main and not (self.folder.base / "config.json").exists():
+            build(world.recipe(), self.folder.base, self.config.run.seed)  # type: ignore[attr-defined]
+        self.ranks.wait()
+        return model.model_copy(update={"path": str(self.folder.base)})
+
+    def _scorer(self, model: ModelConfig) -> Scorer:
+        if self.config.algorithm.trains_reward:
+            return Scorer(load_classifier(model, self.tokenizer, self.config.run.seed))
+        needs = self.config.algorithm.needs()
+        return Scorer(load_causal(model), values="values" in needs.during or "old_values" in needs.columns)
+
+    def _data(self, scorer: Scorer) -> tuple[Assembler, list[int], tuple[Assembler, list[int]] | None]:
+        """The training rows and the indices to train on; the held-out rows and theirs."""
+        config = self.config
+        train = self._assembler(config.data, scorer)
+        everything = list(range(len(train.rows)))
+        if config.eval is None:
+            return train, everything, None
+        if config.eval.data is not None:
+            other = self._assembler(config.eval.data, scorer)
+            return train, everything, (other, list(range(len(other.rows)))[: config.eval.rows])
+        size = min(max(1, round(config.eval.holdout * len(everything))), config.eval.rows)
+        if size >= len(everything):
+            raise DataError(f"{len(everything)} rows are too few to hold any out", where="eval.holdout")
+        rows, held_out = split(len(everything), size, config.run.seed)
+        return train, rows, (replace(train, renderer=self._renderer(config.data, scorer)), held_out)
+
+    def _assembler(self, data: DataConfig, scorer: Scorer) -> Assembler:
+        return Assembler(data.source.open(self.services), self.config.algorithm, self._renderer(data, scorer))
+
+    def _renderer(self, data: DataConfig, scorer: Scorer) -> Renderer:
+        positions = getattr(scorer.network.config.get_text_config(), "max_position_embeddings", None)  # type: ignore[operator,union-attr]
+        return Renderer(self.tokenizer, data.max_length or positions, data.overflow)
+
+    def _reference(self, scorer: Scorer) -> Reference | None:
+        """The reference, if the algorithm needs one. Without a path it is the policy as it is now, before training."""
+        if "reference_logps" not in self.config.algorithm.needs().columns:
+            if self.config.reference is not None:
+                raise ConfigError(f"algorithm `{self.config.algorithm.name}` uses no reference", where="reference")
+            return None
+        settings = self.config.reference
+        device, budget, dtype = self.ranks.device, self.config.optim.token_budget, self.config.optim.precision
+        if settings is not None and settings.every is not None and settings.mix is not None:
+            return Moving(self._initial(), device, budget, dtype, every=settings.every, mix=settings.mix)
+        if settings is not None and settings.mode == "resident":
+            return Resident(self._initial(), device, budget, dtype)
+        own = settings is not None and settings.path is not None
+        return Cached(Resident(self._initial() if own else scorer, device, budget, dtype))
+
+    def _initial(self) -> Scorer:
+        """A second copy of the reference model."""
+        path = self.config.reference.path if self.config.reference and self.config.reference.path else self.model.path
+        return Scorer(load_causal(self.model.model_copy(update={"path": path})))
+
+    def _fill(self, reference: Cached, loop: Loop, evaluator: Evaluator | None) -> None:
+        """Scores every sequence the run will meet, while the reference is still there, and lets it go."""
+        for step in range(min(loop.total, loop.order.steps_per_epoch) if loop.total else 0):
+            built = loop.assembler(loop.order.step(step))
+            if built is not None:
+                loop.forwarder.meter.forward += reference.share(built.tokens, self.ranks)
+        if evaluator is not None:
+            loop.forwarder.meter.forward += reference.share(evaluator.built.tokens, self.ranks)
+        loop.assembler.counts.clear()
+        reference.close()
+
+    # --- evaluation ------------------------------------------------------------------------------------------------------
+
+    def _evaluator(self, loop: Loop, held_out: tuple[Assembler, list[int]] | None) -> Evaluator | None:
+        settings = self.config.eval
+        if settings is None or held_out is None:
+            return None
+        assembler, index = held_out
+        assembler.check(index)
+        built = assembler(index)
+        if built is None:
+            raise DataError("no held-out row can be used", where="eval")
+        rows = [assembler.rows[i] for i in index]
+        wanted = bool(settings.samples and not self.config.algorithm.trains_reward) or bool(settings.tasks)
+        subject = self._subject(loop) if wanted else None
+        return Evaluator(settings, built, rows, subject, self._keep_samples)
+
+    def _subject(self, loop: Loop) -> Callable[[int, List[Row]], Measured]:
+        """Views of the model in training, beside the model it started from."""
+        renderer = Renderer(self.tokenizer)
+        if self.config.algorithm.trains_reward:
+            scorer = RewardModel(loop.scorer, renderer, self.ranks.device)
+            return lambda step, rows: Measured(rows, self.services, renderer, scorer=scorer)
+        sampler = self.config.sampler or default_sampler(self.plugins)
+        policy = Model(loop.scorer.network, self.tokenizer, self.ranks.device)
+        other = open_model(self._initial_path(), self.ranks.device)
+
+        def subject(step: int, rows: List[Row]) -> Measured:
+            prompts = adapt(rows, Prompt)
+            seed = self.config.run.seed
+
+            def draws(n: int) -> list[Rollout]:
+                return draw(sampler.open(policy), renderer, prompts, n, seed, "eval", step)
+
+            def baseline(n: int) -> list[Rollout]:
+                return draw(sampler.open(other), renderer, prompts, n, seed, "eval baseline")
+
+            return Measured(prompts, self.services, renderer, draws, baseline, policy, other)
+
+        return subject
+
+    def _initial_path(self) -> str:
+        settings = self.config.reference
+        return settings.path if settings is not None and settings.path is not None else self.model.path
+
+    def _keep_samples(self, step: int, rollouts: list[Rollout]) -> None:
+        for group in rollouts:
+            for completion in group.completions:
+                record = {"step": step, "row": group.index, "prompt": group.prompt, "completion": completion.text}
+                self.recorder.line("samples.jsonl", {**record, "finished": completion.finished})
+
+    # --- the run -----------------------------------------------------------------------------------------------------------
+
+    def _after_step(
+        self,
+        loop: Loop,
+        evaluator: Evaluator | None,
+        info: RunInfo,
+        metrics: dict[str, float],
+        seconds: float,
+        requests: List[int],
+    ) -> None:
+        step = loop.progress.step
+        self.recorder.line("metrics.jsonl", {"step": step, **numbers(metrics)})
+        self.recorder.line(TIMINGS, {"step": step, "seconds": seconds})
+        self._notify("prefopt_step_finished", run=info, step=step, metrics=metrics)
+        last = step == loop.total or loop.progress.stopped
+        best = False
+        if evaluator is not None and (step % evaluator.config.every == 0 or last):
+            best = self._evaluate(loop, evaluator, info)
+        stop = self.ranks.any(bool(requests))
+        if last or stop or best or step % self.config.run.checkpoint.every == 0 or loop.progress.stopped:
+            self._save(loop)
+        if stop and step < loop.total:
+            raise Preempted(
+                "stopped on request; the state is saved", fix=f"`prefopt resume {self.folder.path}` continues."
+            )
+
+    def _evaluate(self, loop: Loop, evaluator: Evaluator, info: RunInfo) -> bool:
+        """Evaluates and records; True when the model is the best so far and the best is to be kept."""
+        found = evaluator(loop)
+        metrics = {f"eval/{name}": x for name, x in found.items()}
+        self.recorder.line("metrics.jsonl", {"step": loop.progress.step, **numbers(metrics)})
+        self._notify("prefopt_step_finished", run=info, step=loop.progress.step, metrics=metrics)
+        return judge(found, evaluator.config, loop.progress) and evaluator.config.keep_best
+
+    def _save(self, loop: Loop) -> None:
+        if self.ranks.main:
+            loop.progress.files = self.recorder.sizes()
+            saved = checkpoints.Checkpoint(loop.tensors(), loop.snapshot())
+            checkpoints.save(self.folder.checkpoints, loop.progress.step, saved)
+            best = [loop.progress.best_step] if self._keeps_best else []
+            checkpoints.rotate(self.folder.checkpoints, self.config.run.checkpoint.keep, best)
+        self.ranks.wait()
+
+    @property
+    def _keeps_best(self) -> bool:
+        return self.config.eval is not None and self.config.eval.keep_best
+
+    def _restore(self, loop: Loop) -> None:
+        found = checkpoints.latest(self.folder.checkpoints, set_aside=self.ranks.main)
+        if found is None:
+            self.recorder.cut({})
+            return
+        _, saved = found
+        loop.progress = Progress(**saved.state)
+        loop.forwarder.meter = Meter(**loop.progress.meter)
+        loop.assembler.counts.update(loop.progress.counts)
+        loop.state.update(saved.tensors.get("algorithm", {}))
+        checkpoints.load_tied(loop.scorer, saved.tensors["model"])
+        loop.optimizer.load(saved.tensors.get("optimizer", {}))
+        if loop.reference is not None:
+            loop.reference.load(dict(saved.tensors.get("reference", {})))
+        self.recorder.cut(loop.progress.files)
+
+    def _finish(self, loop: Loop, outcome: str) -> Result:
+        """Exports the model and says how the run went."""
+        progress, budget = loop.progress, loop.snapshot()["meter"]
+        facts = {"outcome": outcome, "steps": progress.step, "updates": progress.updates, "skipped": progress.skipped}
+        facts |= {"budget": budget, "rows": dict(loop.assembler.counts)}
+        if self._keeps_best:
+            facts |= {"best_step": progress.best_step, "best": progress.best}
+        if self.ranks.main:
+            state = None
+            if self._keeps_best and progress.best_step != progress.step:
+                _, best = checkpoints.load(self.folder.checkpoints / checkpoints.folder_name(progress.best_step))
+                state = best.tensors["model"]
+            save(loop.scorer, self.tokenizer, self.folder.model, state)
+            text = card(self.config, json.loads(self.folder.info.read_text("utf-8")), facts, self.recorder.last())
+            write_text(self.folder.model / "README.md", text)
+            self.folder.write(self.folder.result, facts)
+        self.ranks.wait()
+        return Result(self.folder.path, outcome, budget)
+
+    def _describe(self) -> None:
+        """`config.yaml` and `run.json`: what was asked for, and with which versions and data."""
+        if not self.ranks.main or self.folder.info.exists():
+            return
+        write_text(self.folder.config, dump(resolved(self.config)))
+        self.folder.write(self.folder.info, describe(self.config, self.plugins))
+
+
+def describe(config: RunConfig, plugins: Plugins) -> dict[str, Any]:
+    """What a result depends on beside its configuration: versions of code, hashes of data."""
+    owner = plugins.registry.find(config.algorithm.kind, config.algorithm.name)
+    packages = ("prefopt", "torch", "transformers", "tokenizers", "accelerate", "numpy")
+    return {
+        "algorithm": {"name": config.algorithm.name, "distribution": owner.distribution, "version": owner.version},
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+        "data": {name: checkpoints.digest(Path(name)) for name in config.data.source.files},
+    }
+
+
+def default_sampler(plugins: Plugins) -> Sampler:
+    """The sampler of a configuration that names none."""
+    sampler = plugins.registry.find("sampler", "plain").cls()
+    assert isinstance(sampler, Sampler)
+    return sampler
+
+
+@contextmanager
+def _stop_requests() -> Iterator[list[int]]:
+    """Collects SIGTERM, SIGINT and SIGHUP: the run stops at the next step. A second SIGINT interrupts at once."""
+    received: list[int] = []
+
+    def note(number: int, frame: Any) -> None:
+        if received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    before = {number: signal.signal(number, note) for number in numbers}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
