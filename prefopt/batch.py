@@ -79,7 +79,7 @@ class Needs:
     def columns(self) -> Mapping[str, frozenset[Role]]:
         """The columns wanted before the step, each with the roles it is wanted for."""
         assert isinstance(self.before, Mapping)
-        return self.before  # type: ignore[return-value]
+        return self.before
 
 
 def _unknown(asked: Iterable[str], known: Mapping[str, str], what: str) -> list[str]:
@@ -88,7 +88,8 @@ def _unknown(asked: Iterable[str], known: Mapping[str, str], what: str) -> list[
 
 @dataclass(frozen=True)
 class Loss:
-    """A scalar to minimise, and metrics that sum to their true values over microbatches and ranks (use `batch.mean`)."""
+    """A scalar to minimise, and metrics that sum to their true values over microbatches and ranks (use
+    `batch.mean`)."""
 
     value: Tensor
     metrics: Mapping[str, Tensor] = field(default_factory=dict)
@@ -197,17 +198,15 @@ class Batch:
     def _pair_index(self) -> tuple[Tensor, Tensor]:
         chosen = self._by_group_order(Role.CHOSEN)
         rejected = self._by_group_order(Role.REJECTED)
-        if not torch.equal(self.group[chosen], self.group[rejected]) or self._repeats(self.group[chosen]):
+        if not torch.equal(self.group[chosen], self.group[rejected]) or len(set(self.group[chosen].tolist())) < len(
+            chosen
+        ):
             raise PluginError("pairs() needs exactly one chosen and one rejected sequence in each group")
         return chosen, rejected
 
     def _by_group_order(self, role: Role) -> Tensor:
         index = (self.role == role).nonzero().squeeze(1)
         return index[self.group[index].argsort(stable=True)]
-
-    @staticmethod
-    def _repeats(group: Tensor) -> bool:
-        return bool(group.unique().numel() != group.numel())
 
     def by_group(self, x: Tensor, fill: float = 0.0) -> Tensor:
         """[N] -> [G, K], members in the order of the batch, `fill` where a group is smaller."""
@@ -223,7 +222,7 @@ class Batch:
 
     @cached_property
     def _group_index(self) -> tuple[Tensor, Tensor, tuple[int, int]]:
-        names, row = self.group.unique(return_inverse=True)
+        names, row = torch.unique(self.group, return_inverse=True)
         one_hot = torch.nn.functional.one_hot(row, names.numel())
         column = (one_hot.cumsum(0) * one_hot).sum(1) - 1
         return row, column, (names.numel(), int(column.max()) + 1 if len(self) else 0)
@@ -233,9 +232,9 @@ class Batch:
     def mean(self, x: Tensor, unit: Unit) -> Tensor:
         """The sum of `x` over this batch, divided by the number of `unit`s in the whole minibatch over all ranks.
 
-        `x` is [N, T] for tokens and chosen_tokens, [N] for sequences, [P] for pairs and [G] for groups; any other shape
-        raises `PluginError`. Summing the result over microbatches and ranks gives the mean, so a loss built from it does
-        not depend on how the minibatch was split.
+        `x` is [N, T] for tokens and chosen_tokens, [N] for sequences, [P] for pairs and [G] for groups; any other
+        shape raises `PluginError`. Summing the result over microbatches and ranks gives the mean, so a loss built
+        from it does not depend on how the minibatch was split.
         """
         if unit not in UNITS:
             raise PluginError(f"unknown unit `{unit}`. {did_you_mean(unit, UNITS)}")
@@ -267,7 +266,7 @@ class Batch:
             "reward/rejected": self.mean(rejected, "pairs"),
         }
 
-    # --- what the engine does ----------------------------------------------------------------------------------------
+    # --- what the engine does ---------------------------------------------------------------------------------------
 
     def recounted(self) -> Batch:
         """The same batch, its counts taken from itself."""
@@ -276,7 +275,7 @@ class Batch:
             "tokens": float(self.mask.sum()),
             "sequences": float(len(self)),
             "pairs": float(chosen.sum()),
-            "groups": float(self.group.unique().numel()),
+            "groups": float(len(set(self.group.tolist()))),
             "chosen_tokens": float(self.mask[chosen].sum()),
         }
         return replace(self, counts=counts)
@@ -300,8 +299,8 @@ class Batch:
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
         columns = {name: x.to(device) for name, x in self.columns.items()}
-        tensors = (x.to(device) for x in (self.ids, self.mask, self.role, self.group, self.weight))
-        return Batch(*tensors, self.counts, columns)
+        parts = (self.role.to(device), self.group.to(device), self.weight.to(device))
+        return Batch(self.ids.to(device), self.mask.to(device), *parts, self.counts, columns)
 
 
 @dataclass

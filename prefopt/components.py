@@ -1,7 +1,7 @@
 """Components: what a plugin can contribute. Each is a frozen pydantic model whose fields are its settings.
 
-A component declares and computes; it never loads a model, opens a file of the run or knows about ranks. The only door to
-models and random numbers is the `Services` object that `open` receives.
+A component declares and computes; it never loads a model, opens a file of the run or knows about ranks. The only
+door to models and random numbers is the `Services` object that `open` receives.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ if TYPE_CHECKING:
 def _resolve(cls: type[Component], value: Any, info: ValidationInfo) -> Component:
     """The component a configuration section names. `info.context["find"]` maps (kind, name) to a class.
 
-    Raises one error that carries all of the section's errors (`ctx["errors"]`) and its class, for the reader of the file.
+    Raises one error that carries all of the section's errors (`ctx["errors"]`) and its class, for the reader of the
+    file.
     """
     if isinstance(value, cls):
         return value
@@ -73,8 +74,8 @@ class Component(BaseModel):
 
     @classmethod
     def summary(cls) -> str:
-        """The first line of the docstring."""
-        return (inspect.getdoc(cls) or "").partition("\n")[0]
+        """The first paragraph of the docstring."""
+        return " ".join((inspect.getdoc(cls) or "").partition("\n\n")[0].split())
 
     @model_serializer(mode="wrap")
     def _with_name(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -109,7 +110,7 @@ class Services(Protocol):
         """The reward model saved at `path`."""
 
 
-# --- algorithms ----------------------------------------------------------------------------------------------------------
+# --- algorithms -----------------------------------------------------------------------------------------------------
 
 
 class Algorithm(Component):
@@ -144,7 +145,8 @@ class Algorithm(Component):
         raise NotImplementedError(f"algorithm `{self.name}` has no loss yet: write {type(self).__name__}.loss")
 
     def accept(self, metrics: Mapping[str, float]) -> str:
-        """`step` to update, `skip` to drop this minibatch's gradient, `stop` to end the run. Called before each update."""
+        """`step` to update, `skip` to drop this minibatch's gradient, `stop` to end the run. Called before each
+        update."""
         return "step"
 
     @property
@@ -153,7 +155,7 @@ class Algorithm(Component):
         return self.needs().during == {"scores"}
 
 
-# --- rewards and judges ----------------------------------------------------------------------------------------------------
+# --- rewards and judges ---------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,7 +220,7 @@ class Judge(Component):
         raise NotImplementedError(f"judge `{self.name}` must define compare or open")
 
 
-# --- data and sampling -----------------------------------------------------------------------------------------------------
+# --- data and sampling ----------------------------------------------------------------------------------------------
 
 
 class DataSource(Component):
@@ -252,9 +254,17 @@ class Request:
 class LanguageModel(Protocol):
     """What a sampler sees of a model."""
 
-    network: torch.nn.Module
-    device: torch.device
-    end_ids: frozenset[int]
+    @property
+    def network(self) -> torch.nn.Module:
+        """Called as `network(input_ids=..., past_key_values=..., use_cache=True)`."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+
+    @property
+    def end_ids(self) -> frozenset[int]:
+        """The tokens that end a completion."""
 
     def decode(self, ids: List[int]) -> str:
         """The text of completion tokens, without special tokens."""
@@ -273,7 +283,7 @@ class Sampler(Component):
         raise NotImplementedError(f"sampler `{self.name}` must define open")
 
 
-# --- evaluation --------------------------------------------------------------------------------------------------------------
+# --- evaluation -----------------------------------------------------------------------------------------------------
 
 
 class Subject(Protocol):

@@ -1,6 +1,7 @@
 """Errors a user can act on. Every problem says what is wrong, where, and what to do.
 
-This module knows nothing about the rest of prefopt. Anything that is not a `PrefoptError` is a bug and keeps its traceback.
+This module knows nothing about the rest of prefopt. Anything that is not a `PrefoptError` is a bug and keeps its
+traceback.
 """
 
 from __future__ import annotations
@@ -121,8 +122,9 @@ def _secret_values() -> list[str]:
 
 
 def redact(value: Any) -> Any:
-    """`value` (text, or anything JSON can hold) without secrets: known patterns, values of secret environment variables,
-    and text under keys that name a secret. Everything written to a run folder or a report passes through here.
+    """`value` (text, or anything JSON can hold) without secrets: known patterns, values of secret environment
+    variables, and text under keys that name a secret. Everything written to a run folder or a report passes through
+    here.
 
     >>> redact({"api_key": "abc", "max_new_tokens": 3, "note": "hf_abcdefghijklmnopqrst"})
     {'api_key': '[redacted]', 'max_new_tokens': 3, 'note': '[redacted]'}

@@ -47,6 +47,10 @@ class Plugins:
     registry: Registry
     manager: pluggy.PluginManager
 
+    def find(self, kind: str, name: str) -> type[Component]:
+        """The class of a component. Raises `PrefoptError` for a name that cannot be resolved."""
+        return self.registry.find(kind, name).cls
+
     def notify(self, hook: str, on_error: Callable[[str, Exception], None], **arguments: Any) -> None:
         """Calls an observer hook in each plugin; what one raises is handed to `on_error` and stops nobody."""
         for implementation in getattr(self.manager.hook, hook).get_hookimpls():

@@ -1,4 +1,5 @@
-"""Names to classes. Knows who contributed what; knows nothing about how plugins are found or configurations are read."""
+"""Names to classes. Knows who contributed what; knows nothing about how plugins are found or configurations are
+read."""
 
 from __future__ import annotations
 
@@ -67,7 +68,8 @@ class Registry:
     def find(self, kind: str, name: str) -> Entry:
         """The one component of this kind called `name` or `distribution:name`.
 
-        Raises `ConfigError` for an unknown name, `PluginError` when a broken plugin stands behind it or two plugins claim it.
+        Raises `ConfigError` for an unknown name, `PluginError` when a broken plugin stands behind it or two plugins
+        claim it.
         """
         owner, _, plain = name.rpartition(":")
         found = [e for e in self.entries.get((kind, plain), []) if owner in ("", e.distribution)]

@@ -38,8 +38,9 @@ Text: TypeAlias = str | tuple[Message, ...]
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """A reply. `ids` and `logps` are the sampled tokens and their log-probabilities, kept as drawn: a round trip through
-    text changes tokens. `finished` is False for a reply cut short, which then has no end-of-sequence token."""
+    """A reply. `ids` and `logps` are the sampled tokens and their log-probabilities, kept as drawn: a round trip
+    through text changes tokens. `finished` is False for a reply cut short, which then has no end-of-sequence
+    token."""
 
     text: str
     ids: tuple[int, ...] | None = None
@@ -117,8 +118,8 @@ class Comparison(Row):
             return self
         margin = None if self.margin is None else -self.margin
         votes = None if self.votes is None else (self.votes[1], self.votes[0], self.votes[2])
-        sides = {"chosen": self.rejected, "rejected": self.chosen}
-        return replace(self, **sides, preference=1 - self.preference, margin=margin, votes=votes)
+        turned = replace(self, preference=1 - self.preference, margin=margin, votes=votes)
+        return replace(turned, chosen=self.rejected, rejected=self.chosen)
 
     def sequences(self, group: int) -> list[Sequence]:
         numbers = {"preference": self.preference, "margin": self.margin}

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as List
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,20 +17,20 @@ from typing import Any
 import torch
 
 from prefopt.components import Sampler
-from prefopt.config import DataConfig, ModelConfig, RunConfig, dump, resolved
+from prefopt.config import ModelConfig, RunConfig, dump, resolved
 from prefopt.data.adapt import adapt
-from prefopt.data.assemble import Assembler
 from prefopt.data.render import Renderer, load_tokenizer
-from prefopt.data.streams import Order, derive, split
+from prefopt.data.streams import derive
 from prefopt.engine import checkpoint as checkpoints
 from prefopt.engine.card import card
 from prefopt.engine.columns import Forwarder, Meter
 from prefopt.engine.evaluate import Evaluator, judge
 from prefopt.engine.folder import RunFolder, write_text
 from prefopt.engine.forward import Scorer
+from prefopt.engine.inputs import HeldOut, Inputs
 from prefopt.engine.loop import Loop, Progress
 from prefopt.engine.measure import Measured
-from prefopt.engine.models import Model, build, load_causal, load_classifier, open_model, save
+from prefopt.engine.models import Model, build, load_causal, load_classifier, open_model, positions, save
 from prefopt.engine.optimize import Optimizer
 from prefopt.engine.ranks import Ranks
 from prefopt.engine.record import TIMINGS, Recorder, numbers
@@ -40,9 +40,8 @@ from prefopt.engine.services import EngineServices, RewardModel
 from prefopt.errors import ConfigError, DataError, Preempted
 from prefopt.hookspecs import RunInfo
 from prefopt.plugins import Plugins
+from prefopt.preflight import check, world_recipe
 from prefopt.rows import Prompt, Rollout, Row
-
-WORLD = "world:"
 
 
 @dataclass(frozen=True)
@@ -60,6 +59,7 @@ class Result:
 
 def train(config: RunConfig, plugins: Plugins, *, resume: bool = False, warn: Callable[[str], None] = print) -> Result:
     """Runs a configuration to its end. Raises `PrefoptError` for whatever the user can mend; nothing saved is lost."""
+    check(config, plugins.registry)
     ranks = Ranks(config.run.device, config.run.threads)
     folder = RunFolder(Path(config.run.dir))
     if ranks.main and not resume:
@@ -108,7 +108,7 @@ class Session:
     def _observer_failed(self, name: str, error: Exception) -> None:
         self.warn(f"observer {name} failed and is ignored: {type(error).__name__}: {error}")
 
-    # --- putting together ----------------------------------------------------------------------------------------------
+    # --- putting together -------------------------------------------------------------------------------------------
 
     def _build(self) -> tuple[Loop, Evaluator | None]:
         """The loop, restored from the last checkpoint if there is one, and the evaluation beside it."""
@@ -116,17 +116,14 @@ class Session:
         self.model = self._model_config(config.model)
         self.tokenizer = load_tokenizer(self.model.path, self.model.trust_remote_code)
         scorer = self._scorer(self.model)
-        assembler, rows, held_out = self._data(scorer)
-        order = Order(rows, config.optim.batch_size, config.run.seed)
-        total = config.run.steps or max(1, round((config.run.epochs or 1.0) * order.steps_per_epoch))
-        assembler.check(dict.fromkeys(i for step in range(min(total, order.steps_per_epoch)) for i in order.step(step)))
+        inputs = Inputs.of(config, self.tokenizer, positions(scorer.network.config), self.services)
+        inputs.check()
         reference = self._reference(scorer)
         forwarder = Forwarder(self.ranks.wrap(scorer), self.ranks, config.optim.token_budget, config.optim.precision)
         optimizer = Optimizer(scorer, config.optim)
-        loop = Loop(
-            config.algorithm, config.optim, assembler, order, total, config.run.seed, forwarder, optimizer, reference
-        )
-        evaluator = self._evaluator(loop, held_out)
+        data = (inputs.assembler, inputs.order, inputs.total)
+        loop = Loop(config.algorithm, config.optim, *data, config.run.seed, forwarder, optimizer, reference)
+        evaluator = self._evaluator(loop, inputs.held_out)
         if isinstance(reference, Cached):
             self._fill(reference, loop, evaluator)
         self._restore(loop)
@@ -134,11 +131,11 @@ class Session:
 
     def _model_config(self, model: ModelConfig) -> ModelConfig:
         """The model with `world:NAME` replaced by a folder in which the world's base model has been built."""
-        if not model.path.startswith(WORLD):
+        recipe = world_recipe(model.path, self.plugins.find)
+        if recipe is None:
             return model
-        world = self.plugins.registry.find("world", model.path.removeprefix(WORLD)).cls()
         if self.ranks.main and not (self.folder.base / "config.json").exists():
-            build(world.recipe(), self.folder.base, self.config.run.seed)  # type: ignore[attr-defined]
+            build(recipe, self.folder.base, self.config.run.seed)
         self.ranks.wait()
         return model.model_copy(update={"path": str(self.folder.base)})
 
@@ -147,29 +144,6 @@ class Session:
             return Scorer(load_classifier(model, self.tokenizer, self.config.run.seed))
         needs = self.config.algorithm.needs()
         return Scorer(load_causal(model), values="values" in needs.during or "old_values" in needs.columns)
-
-    def _data(self, scorer: Scorer) -> tuple[Assembler, list[int], tuple[Assembler, list[int]] | None]:
-        """The training rows and the indices to train on; the held-out rows and theirs."""
-        config = self.config
-        train = self._assembler(config.data, scorer)
-        everything = list(range(len(train.rows)))
-        if config.eval is None:
-            return train, everything, None
-        if config.eval.data is not None:
-            other = self._assembler(config.eval.data, scorer)
-            return train, everything, (other, list(range(len(other.rows)))[: config.eval.rows])
-        size = min(max(1, round(config.eval.holdout * len(everything))), config.eval.rows)
-        if size >= len(everything):
-            raise DataError(f"{len(everything)} rows are too few to hold any out", where="eval.holdout")
-        rows, held_out = split(len(everything), size, config.run.seed)
-        return train, rows, (replace(train, renderer=self._renderer(config.data, scorer)), held_out)
-
-    def _assembler(self, data: DataConfig, scorer: Scorer) -> Assembler:
-        return Assembler(data.source.open(self.services), self.config.algorithm, self._renderer(data, scorer))
-
-    def _renderer(self, data: DataConfig, scorer: Scorer) -> Renderer:
-        positions = getattr(scorer.network.config.get_text_config(), "max_position_embeddings", None)  # type: ignore[operator,union-attr]
-        return Renderer(self.tokenizer, data.max_length or positions, data.overflow)
 
     def _reference(self, scorer: Scorer) -> Reference | None:
         """The reference, if the algorithm needs one. Without a path it is the policy as it is now, before training."""
@@ -202,18 +176,16 @@ class Session:
         loop.assembler.counts.clear()
         reference.close()
 
-    # --- evaluation ------------------------------------------------------------------------------------------------------
+    # --- evaluation -------------------------------------------------------------------------------------------------
 
-    def _evaluator(self, loop: Loop, held_out: tuple[Assembler, list[int]] | None) -> Evaluator | None:
+    def _evaluator(self, loop: Loop, held_out: HeldOut | None) -> Evaluator | None:
         settings = self.config.eval
         if settings is None or held_out is None:
             return None
-        assembler, index = held_out
-        assembler.check(index)
-        built = assembler(index)
+        built = held_out.assembler(held_out.index)
         if built is None:
             raise DataError("no held-out row can be used", where="eval")
-        rows = [assembler.rows[i] for i in index]
+        rows = [held_out.assembler.rows[i] for i in held_out.index]
         wanted = bool(settings.samples and not self.config.algorithm.trains_reward) or bool(settings.tasks)
         subject = self._subject(loop) if wanted else None
         return Evaluator(settings, built, rows, subject, self._keep_samples)
@@ -252,7 +224,7 @@ class Session:
                 record = {"step": step, "row": group.index, "prompt": group.prompt, "completion": completion.text}
                 self.recorder.line("samples.jsonl", {**record, "finished": completion.finished})
 
-    # --- the run -----------------------------------------------------------------------------------------------------------
+    # --- the run ----------------------------------------------------------------------------------------------------
 
     def _after_step(
         self,
@@ -356,7 +328,7 @@ def describe(config: RunConfig, plugins: Plugins) -> dict[str, Any]:
 
 def default_sampler(plugins: Plugins) -> Sampler:
     """The sampler of a configuration that names none."""
-    sampler = plugins.registry.find("sampler", "plain").cls()
+    sampler = plugins.find("sampler", "plain")()
     assert isinstance(sampler, Sampler)
     return sampler
 

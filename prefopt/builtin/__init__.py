@@ -1,6 +1,6 @@
 """What the core itself contributes, through the same hooks as every plugin."""
 
-from prefopt.api import hookimpl
+from prefopt.api import Algorithm, DataSource, RewardSource, Sampler, hookimpl
 from prefopt.builtin import progress
 from prefopt.builtin.algorithms import RewardModel, RewardModelListwise, SupervisedFineTuning
 from prefopt.builtin.rewards import TrainedReward
@@ -13,20 +13,20 @@ prefopt_run_finished = progress.prefopt_run_finished
 
 
 @hookimpl
-def prefopt_algorithms():
+def prefopt_algorithms() -> list[type[Algorithm]]:
     return [SupervisedFineTuning, RewardModel, RewardModelListwise]
 
 
 @hookimpl
-def prefopt_rewards():
+def prefopt_rewards() -> list[type[RewardSource]]:
     return [TrainedReward]
 
 
 @hookimpl
-def prefopt_datasets():
+def prefopt_datasets() -> list[type[DataSource]]:
     return [Jsonl]
 
 
 @hookimpl
-def prefopt_samplers():
+def prefopt_samplers() -> list[type[Sampler]]:
     return [Plain]

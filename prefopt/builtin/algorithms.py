@@ -1,4 +1,5 @@
-"""The methods of the core: supervised fine-tuning and reward models. Pure functions of a batch, like those of any plugin."""
+"""The methods of the core: supervised fine-tuning and reward models. Pure functions of a batch, like those of any
+plugin."""
 
 from __future__ import annotations
 
@@ -24,8 +25,7 @@ class SupervisedFineTuning(Algorithm):
     formula = "L = - Σ_t log π(y_t | x, y_<t) / number of completion tokens in the step"
     dialect = "Completion tokens only, the end-of-sequence token among them; one mean over all tokens of the step."
     differences = (
-        "TRL 1.16 divides by `num_items_in_batch`, the same mean, when `completion_only_loss` is on; for rows of `text` "
-        "it also scores the prompt.",
+        "TRL 1.16 takes the same mean when `completion_only_loss` is on; for rows of `text` it also scores the prompt.",
     )
 
     def needs(self) -> Needs:
@@ -73,7 +73,8 @@ class RewardModel(Algorithm):
 
 
 def _pair_quality(batch: Batch, difference: Tensor, preference: Tensor, nll: Tensor) -> Mapping[str, Tensor]:
-    """Accuracy counts a tie of scores, or of labels, as one half; `brier` is the mean squared error of σ(difference)."""
+    """Accuracy counts a tie of scores, or of labels, as one half; `brier` is the mean squared error of
+    σ(difference)."""
     right = (torch.sign(difference) * (preference != 0.5) + 1) / 2
     return {
         "loss/nll": batch.mean(nll, "pairs"),

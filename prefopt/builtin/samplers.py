@@ -1,5 +1,5 @@
-"""The plain sampler: the simplest correct one, for every causal model. Requests of equal length share a forward pass, so
-there is no padding, no mask and no position to get wrong. It stays as the oracle of faster samplers."""
+"""The plain sampler: the simplest correct one, for every causal model. Requests of equal length share a forward
+pass, so there is no padding, no mask and no position to get wrong. It stays as the oracle of faster samplers."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ else:
 class Plain(Sampler):
     """Ancestral sampling from the model's distribution, with a cache of keys and values.
 
-    Each request has its own random numbers, from its key alone: one uniform number for each token, turned into a token by
-    the inverse of the cumulative distribution. The text does not depend on what else is drawn beside it, up to rounding.
+    Each request has its own random numbers, from its key alone: one uniform number for each token, turned into a
+    token by the inverse of the cumulative distribution. The text does not depend on what else is drawn beside it,
+    up to rounding.
     """
 
     name = "plain"

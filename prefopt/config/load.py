@@ -1,4 +1,5 @@
-"""From a file to a configuration, or to every problem it has, each with its place. The registry comes as an argument."""
+"""From a file to a configuration, or to every problem it has, each with its place. The registry comes as an
+argument."""
 
 from __future__ import annotations
 
@@ -42,7 +43,8 @@ ELSEWHERE: Final = {
 
 
 def load_run(path: Path, find: Find, overrides: Sequence[str] = ()) -> RunConfig:
-    """The run in a YAML file. Raises `ConfigError` with all its problems, `PluginError` when a named plugin is broken."""
+    """The run in a YAML file. Raises `ConfigError` with all its problems, `PluginError` when a named plugin is
+    broken."""
     return run_from(apply_overrides(read(path), overrides), find)
 
 
@@ -101,7 +103,7 @@ def _lenient(find: Find, failures: list[PrefoptError]) -> Find:
     return wrapped
 
 
-# --- from pydantic's errors to problems ------------------------------------------------------------------------------------
+# --- from pydantic's errors to problems -----------------------------------------------------------------------------
 
 _Flat = tuple[Keys, Mapping[str, Any], type[BaseModel]]
 
@@ -181,14 +183,17 @@ def _suggestion(key: str, path: Keys, model: type[BaseModel], written: _Written)
     return f"It belongs into `{home}`." if home else did_you_mean(key, known)
 
 
-# --- schema ------------------------------------------------------------------------------------------------------------------
+# --- schema ---------------------------------------------------------------------------------------------------------
 
 
 def schema(components: Sequence[type[Component]], describe: Callable[[type[Any]], Mapping[str, str]]) -> dict[str, Any]:
-    """The JSON schema of a run, with every component in `components` spelled out; `describe` gives the text of fields."""
+    """The JSON schema of a run, with every component in `components` spelled out; `describe` gives the text of
+    fields."""
     run = TypeAdapter(RunConfig).json_schema()
     definitions = run.setdefault("$defs", {})
-    for model in [RunConfig, *(m for f in RunConfig.model_fields.values() for m in _models_in(f.annotation))]:
+    models: list[type[BaseModel]] = [m for f in RunConfig.model_fields.values() for m in _models_in(f.annotation)]
+    models.append(RunConfig)
+    for model in models:
         _describe(run if model is RunConfig else definitions.get(model.__name__, {}), model, describe)
     for cls in components:
         own = cls.model_json_schema()

@@ -1,4 +1,5 @@
-"""What a configuration may say. Pydantic models, frozen, unknown keys refused; the string under a field is its documentation.
+"""What a configuration may say. Pydantic models, frozen, unknown keys refused; the string under a field is its
+documentation.
 
 This module knows no component by name: sections such as `algorithm` hold whatever the installed plugins offer.
 """
@@ -121,7 +122,8 @@ class ReferenceConfig(Section):
     path: str | None = None
     """Another model as reference."""
     mode: Literal["cached", "resident"] = "cached"
-    """`cached` scores each sequence once, before training; `resident` keeps the reference in memory and scores each step."""
+    """`cached` scores each sequence once, before training; `resident` keeps the reference in memory and scores each
+    step."""
     every: PositiveInt | None = None
     """Move the reference towards the policy every so many steps (TR-DPO, arXiv:2404.09656)."""
     mix: Annotated[float, Field(gt=0, le=1)] | None = None

@@ -65,7 +65,7 @@ class Document:
 
     def put(self, path: Keys, part: Document) -> None:
         """Sets the value at `path`, making mappings on the way. Raises `KeyError` where the path runs into a value."""
-        target = self.data
+        target: Any = self.data
         for key in path[:-1]:
             if isinstance(target, dict):
                 target = target.setdefault(key, {})
@@ -73,9 +73,10 @@ class Document:
                 target = target[key]
             else:
                 raise KeyError(key)
-        if not (isinstance(target, dict) or (isinstance(target, list) and path[-1] in range(len(target)))):
-            raise KeyError(path[-1])
-        target[path[-1]] = part.data
+        last: Any = path[-1]
+        if not (isinstance(target, dict) or (isinstance(target, list) and last in range(len(target)))):
+            raise KeyError(last)
+        target[last] = part.data
         self.places = {keys: place for keys, place in self.places.items() if keys[: len(path)] != path}
         self.places.update({(*path, *keys): place for keys, place in part.places.items()})
 
@@ -161,15 +162,17 @@ class _Reader:
         return out
 
     def scalar(self, node: Node) -> Any:
-        if not node.tag.startswith("tag:yaml.org,2002:") or "python" in node.tag:
-            self.refuse(node, f"tags are not allowed: {node.tag}")
+        tag = str(node.tag)
+        if not tag.startswith("tag:yaml.org,2002:") or "python" in tag:
+            self.refuse(node, f"tags are not allowed: {tag}")
             return None
         value = self.construct(node)
         return value if isinstance(value, _PLAIN) else str(node.value)
 
 
 def apply_overrides(document: Document, overrides: Sequence[str]) -> Document:
-    """The document with `section.key=value` laid over it; values are YAML. Raises `ConfigError` for bad ones, all at once."""
+    """The document with `section.key=value` laid over it; values are YAML. Raises `ConfigError` for bad ones, all
+    at once."""
     problems = []
     out = Document(copy.deepcopy(document.data), dict(document.places))
     for text in overrides:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import combinations
-from typing import Any, Final, cast
+from typing import Any, Final
 
 from prefopt.errors import DataError
 from prefopt.rows import Comparison, Completion, Demonstration, Judgement, Prompt, Ranking, Rollout, Row
@@ -45,7 +45,7 @@ def _judge(row: Row, completion: Completion, desirable: bool) -> Row:
     return Judgement(**_shared(row), completion=completion, desirable=desirable)
 
 
-# --- comparisons -------------------------------------------------------------------------------------------------------------
+# --- comparisons ----------------------------------------------------------------------------------------------------
 
 
 def _comparison_to_judgements(row: Comparison) -> list[Row]:
@@ -59,7 +59,7 @@ def _comparison_to_demonstration(row: Comparison) -> list[Row]:
     return [] if row.preference == 0.5 else _demonstrate(row, row.chosen)
 
 
-# --- rankings ----------------------------------------------------------------------------------------------------------------
+# --- rankings -------------------------------------------------------------------------------------------------------
 
 
 def _ranking_to_comparisons(row: Ranking) -> list[Row]:
@@ -98,7 +98,7 @@ def _ranking_to_demonstration(row: Ranking) -> list[Row]:
     return _demonstrate(row, row.completions[row.ranks.index(min(row.ranks))])
 
 
-# --- judgements and rollouts ---------------------------------------------------------------------------------------------------
+# --- judgements and rollouts ----------------------------------------------------------------------------------------
 
 
 def _judgement_to_demonstration(row: Judgement) -> list[Row]:
@@ -158,4 +158,4 @@ def one_kind(rows: Sequence[Row]) -> type[Row]:
     """The kind of the rows. Raises `DataError` when there are none."""
     if not rows:
         raise DataError("the data source has no rows")
-    return cast("type[Row]", type(rows[0]))
+    return type(rows[0])

@@ -1,4 +1,5 @@
-"""From sequences to tokens. The only place, beside the engine, that holds a tokenizer; it knows no algorithm and no model.
+"""From sequences to tokens. The only place, beside the engine, that holds a tokenizer; it knows no algorithm and no
+model.
 
 Prompt and completion are tokenized together, so that the tokens are those the model would have read; the prompt is what
 both tokenizations share. A completion that was sampled keeps its own tokens.
@@ -23,7 +24,8 @@ Tokenizer = Any
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """One sequence as token ids. The completion is what is scored; it ends with the end-of-sequence token unless cut."""
+    """One sequence as token ids. The completion is what is scored; it ends with the end-of-sequence token unless
+    cut."""
 
     prompt: tuple[int, ...]
     completion: tuple[int, ...]
@@ -45,7 +47,8 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> Tokenizer:
 
 @dataclass
 class Renderer:
-    """Tokenizes sequences. `counts` says how many rows were cut or dropped, and how many prompts merged with their reply."""
+    """Tokenizes sequences. `counts` says how many rows were cut or dropped, and how many prompts merged with their
+    reply."""
 
     tokenizer: Tokenizer
     max_length: int | None = None
@@ -82,7 +85,7 @@ class Renderer:
             )
         return Tokens(whole[:shared], whole[shared:])
 
-    # --- the pieces ------------------------------------------------------------------------------------------------------
+    # --- the pieces -------------------------------------------------------------------------------------------------
 
     def _encode(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -102,7 +105,8 @@ class Renderer:
         return tuple(self._ended(ids, isinstance(prompt, str)) if completion.finished else ids)
 
     def _ended(self, ids: list[int], plain: bool) -> list[int]:
-        """`ids` with the end-of-sequence token last. A chat template may have put it there, with white space behind it."""
+        """`ids` with the end-of-sequence token last. A chat template may have put it there, with white space behind
+        it."""
         end = self.tokenizer.eos_token_id
         if end is None:
             return ids

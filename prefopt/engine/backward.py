@@ -1,4 +1,5 @@
-"""Gradients of one minibatch, microbatch by microbatch. Any split gives the same sum: losses divide by global counts."""
+"""Gradients of one minibatch, microbatch by microbatch. Any split gives the same sum: losses divide by global
+counts."""
 
 from __future__ import annotations
 

@@ -135,7 +135,7 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def load_tied(module: nn.Module, tensors: dict[str, Tensor]) -> None:
+def load_tied(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Loads a state from which tensors shared under several names may have been left out but for one."""
     missing, unexpected = module.load_state_dict(tensors, strict=False)
     own = module.state_dict()

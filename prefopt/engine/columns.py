@@ -1,4 +1,5 @@
-"""What is computed without gradient for a whole step: live outputs of every sequence, and the columns a method needs."""
+"""What is computed without gradient for a whole step: live outputs of every sequence, and the columns a method
+needs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Evaluation on held-out rows while a run goes on. It changes nothing: no gradient, no state, no random stream of training."""
+"""Evaluation on held-out rows while a run goes on. It changes nothing: no gradient, no state, no random stream of
+training."""
 
 from __future__ import annotations
 
@@ -61,7 +62,8 @@ class Evaluator:
 
 
 def judge(metrics: dict[str, float], config: EvalConfig, progress: Progress) -> bool:
-    """Notes whether this evaluation is the best so far, and stops the run when patience ends; True when it is the best."""
+    """Notes whether this evaluation is the best so far, and stops the run when patience ends; True when it is the
+    best."""
     if config.metric not in metrics:
         raise ConfigError(f"eval.metric `{config.metric}` is not measured. {did_you_mean(config.metric, metrics)}")
     value = metrics[config.metric]

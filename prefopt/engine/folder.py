@@ -1,4 +1,5 @@
-"""The folder of a run: who may write to it, and what it says about itself. Private to its owner, locked while in use."""
+"""The folder of a run: who may write to it, and what it says about itself. Private to its owner, locked while in
+use."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The scorer: one module whose forward runs backbone and head. Knows tokens and outputs; no algorithm, no rows, no ranks.
+"""The scorer: one module whose forward runs backbone and head. Knows tokens and outputs; no algorithm, no rows, no
+ranks.
 
 The layout of the plain path: sequences side by side, padded on the right, the padding masked.
 """
@@ -19,7 +20,8 @@ from prefopt.engine.head import token_entropy, token_logps
 
 @dataclass(frozen=True, slots=True)
 class Padded:
-    """Sequences as tensors. `ids`, `attention` [n, S]; `start` [n] where each completion begins; `length` [n] its tokens."""
+    """Sequences as tensors. `ids`, `attention` [n, S]; `start` [n] where each completion begins; `length` [n] its
+    tokens."""
 
     ids: Tensor
     attention: Tensor
@@ -42,8 +44,8 @@ class Padded:
 class Scorer(nn.Module):
     """A causal language model, or a sequence classifier, with what prefopt adds to it.
 
-    `values` adds a value head: one number for the state before each token. Dropout is off, always: policy, reference and
-    value passes must agree.
+    `values` adds a value head: one number for the state before each token. Dropout is off, always: policy,
+    reference and value passes must agree.
     """
 
     def __init__(self, network: nn.Module, values: bool = False) -> None:

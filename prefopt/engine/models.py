@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from tokenizers import Tokenizer as RawTokenizer
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -28,7 +29,7 @@ from prefopt.engine.forward import Scorer
 from prefopt.errors import ConfigError
 
 transformers_logging.set_verbosity_error()
-transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+transformers_logging.disable_progress_bar()
 
 PAD = "<|pad|>"
 
@@ -44,7 +45,7 @@ class Model:
     @property
     def end_ids(self) -> frozenset[int]:
         """The tokens that end a completion."""
-        configured = getattr(self.network.generation_config, "eos_token_id", None) or []  # type: ignore[union-attr]
+        configured = getattr(self.network.generation_config, "eos_token_id", None) or []
         listed = configured if isinstance(configured, list) else [configured]
         return frozenset(i for i in (*listed, self.tokenizer.eos_token_id) if i is not None)
 
@@ -109,12 +110,28 @@ def _generator(*names: str | int) -> torch.Generator:
     return torch.Generator().manual_seed(derive(*names))
 
 
+def positions(config: Any) -> int | None:
+    """The most tokens a model with this transformers configuration can read; None when it sets no limit."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def reader(model: ModelConfig, recipe: Recipe | None) -> tuple[Tokenizer, int | None]:
+    """The tokenizer of a model and the most tokens it can read, without its weights."""
+    if recipe is not None:
+        return recipe_tokenizer(recipe), recipe.config.get("max_position_embeddings")
+    tokenizer = load_tokenizer(model.path, model.trust_remote_code)
+    return tokenizer, positions(AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust_remote_code))
+
+
+def recipe_tokenizer(recipe: Recipe) -> Tokenizer:
+    """The tokenizer of a base model."""
+    raw = RawTokenizer.from_str(json.dumps(recipe.tokenizer))
+    return PreTrainedTokenizerFast(tokenizer_object=raw, **recipe.special_tokens)
+
+
 def build(recipe: Recipe, folder: Path, seed: int) -> None:
     """Writes an untrained model, its weights drawn from `seed`, and its tokenizer to `folder`."""
-    from tokenizers import Tokenizer as RawTokenizer
-
-    raw = RawTokenizer.from_str(json.dumps(recipe.tokenizer))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, **recipe.special_tokens)
+    tokenizer = recipe_tokenizer(recipe)
     ids = {f"{name}_id": getattr(tokenizer, f"{name}_id") for name in recipe.special_tokens}
     settings = {"bos_token_id": None, **recipe.config, "vocab_size": len(tokenizer), **ids}
     with torch.random.fork_rng(devices=[]):

@@ -1,4 +1,5 @@
-"""Cuts a minibatch into microbatches. Knows lengths and groups only; the losses are normalised so that any cut is exact."""
+"""Cuts a minibatch into microbatches. Knows lengths and groups only; the losses are normalised so that any cut is
+exact."""
 
 from __future__ import annotations
 
@@ -8,7 +9,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Micro:
-    """Indices of sequences that go through the model together. An `idle` one keeps a rank in step and counts for nothing."""
+    """Indices of sequences that go through the model together. An `idle` one keeps a rank in step and counts for
+    nothing."""
 
     index: tuple[int, ...]
     idle: bool = False

@@ -1,4 +1,5 @@
-"""Lines of a run: metrics that can be compared byte for byte, timings that cannot, samples. Only the main rank writes."""
+"""Lines of a run: metrics that can be compared byte for byte, timings that cannot, samples. Only the main rank
+writes."""
 
 from __future__ import annotations
 

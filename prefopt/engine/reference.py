@@ -1,7 +1,7 @@
 """Log-probabilities under the reference model: scored once and kept, scored each step, or under a model that moves.
 
-A kept value is a function of its key alone: each sequence is scored by itself, so neither its neighbours nor the order in
-which the cache was filled can change a bit of it.
+A kept value is a function of its key alone: each sequence is scored by itself, so neither its neighbours nor the
+order in which the cache was filled can change a bit of it.
 """
 
 from __future__ import annotations

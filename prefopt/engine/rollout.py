@@ -1,4 +1,5 @@
-"""Draws completions through a sampler. Knows rows, requests and keys; how tokens are drawn is the sampler's business."""
+"""Draws completions through a sampler. Knows rows, requests and keys; how tokens are drawn is the sampler's
+business."""
 
 from __future__ import annotations
 

@@ -43,7 +43,8 @@ class EngineServices:
 
 @dataclass
 class RewardModel:
-    """A reward model as a function of rollouts. It reads text through its own tokenizer; `tokens` counts what it read."""
+    """A reward model as a function of rollouts. It reads text through its own tokenizer; `tokens` counts what it
+    read."""
 
     module: Module
     renderer: Renderer

@@ -30,7 +30,8 @@ def preference_nll(margin: Tensor, flipped: float | Tensor = 0.0) -> Tensor:
 
 
 def plackett_luce_nll(scores: Tensor, ranks: Tensor, present: Tensor) -> Tensor:
-    """`-Σ_k log [ e^{r_k} / Σ_{i: rank_i >= rank_k} e^{r_i} ]`: minus the log-likelihood of each ranking, [G, K] -> [G].
+    """`-Σ_k log [ e^{r_k} / Σ_{i: rank_i >= rank_k} e^{r_i} ]`: minus the log-likelihood of each ranking, [G, K] ->
+    [G].
 
     `ranks` are places, 0 the best; `present` is False where a group has fewer than K members. Tied members all compete
     with each other and with everything below (Breslow's convention, Biometrics 1974). Plackett 1975, Luce 1959; without

@@ -12,7 +12,8 @@ MAXIMUM = float(len(PARTS))
 
 
 class Gold(RewardSource):
-    """The true value of a reply to a customer, 0 to 4: answers the question, names the right order, polite, not padded."""
+    """The true value of a reply to a customer, 0 to 4: answers the question, names the right order, polite, not
+    padded."""
 
     name = "replies_gold"
 

@@ -42,7 +42,8 @@ class Act:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """The meaning of a customer's message: one topic, one order, a mood, and perhaps another order mentioned by the way."""
+    """The meaning of a customer's message: one topic, one order, a mood, and perhaps another order mentioned by the
+    way."""
 
     topic: str
     order: str

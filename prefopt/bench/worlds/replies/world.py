@@ -158,7 +158,8 @@ def vocabulary() -> list[str]:
 
 
 def _tokenizer() -> dict[str, Any]:
-    """A word tokenizer as `tokenizer.json`: one token a word or mark, spaces kept, so that text survives a round trip."""
+    """A word tokenizer as `tokenizer.json`: one token a word or mark, spaces kept, so that text survives a round
+    trip."""
     special = ["<pad>", "<end>", "<unk>"]
     added = [
         {"id": i, "content": token, "special": True}

@@ -1,4 +1,5 @@
-"""Who writes in the `replies` world: customers, and shop assistants of middling skill whose replies a model learns from."""
+"""Who writes in the `replies` world: customers, and shop assistants of middling skill whose replies a model learns
+from."""
 
 from __future__ import annotations
 

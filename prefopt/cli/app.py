@@ -1,0 +1,210 @@
+"""The commands. Six that a newcomer needs, the rest under "more"."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from prefopt import __version__
+from prefopt.errors import EXIT_CODES, PrefoptError
+
+if TYPE_CHECKING:
+    from prefopt.config import RunConfig
+    from prefopt.plugins import Plugins
+
+MORE = "More"
+EPILOG = "Exit codes: " + "; ".join(f"{code} {meaning}" for code, meaning in EXIT_CODES.items()) + "."
+
+app = typer.Typer(
+    name="prefopt",
+    help="Train language models from preferences, and find out which method is best for you.",
+    epilog=EPILOG,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+show = typer.Typer(help="Print what a run will do.", no_args_is_help=True)
+plugins = typer.Typer(help="List, check and create plugins.", no_args_is_help=True)
+bench = typer.Typer(help="Compare methods under equal conditions.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
+app.add_typer(show, name="show")
+app.add_typer(plugins, name="plugins")
+
+ConfigFile = Annotated[Path, typer.Argument(help="A YAML configuration.", metavar="RUN.YAML")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="Overrides, as section.key=value.", metavar="[KEY=VALUE]...")
+]
+
+
+def main() -> None:
+    """The entry point: problems go to standard error, their kind becomes the exit code."""
+    try:
+        app()
+    except PrefoptError as error:
+        for problem in error.problems:
+            print(f"{error.title}: {problem}", file=sys.stderr)  # noqa: T201
+        sys.exit(error.exit_code)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"prefopt {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+) -> None:
+    pass
+
+
+def _read(path: Path, overrides: list[str] | None) -> tuple[RunConfig, Plugins]:
+    """A checked configuration and the plugins it may use."""
+    from prefopt.config import allowed_plugins, load_run
+    from prefopt.plugins import load
+    from prefopt.preflight import check
+
+    found = load(allowed_plugins(path))
+    config = load_run(path, found.find, overrides or ())
+    check(config, found.registry)
+    return config, found
+
+
+def _warn(text: str) -> None:
+    typer.echo(f"warning: {text}", err=True)
+
+
+# --- the verbs a newcomer needs --------------------------------------------------------------------------------------
+
+
+@app.command()
+def init(
+    folder: Annotated[Path, typer.Argument(help="A new or empty folder.")] = Path("."),
+    recipe: Annotated[str, typer.Option(help="What to set up; `first` runs on any machine.")] = "first",
+) -> None:
+    """Write configurations to start from."""
+    from prefopt.cli.start import write_recipe
+
+    for line in write_recipe(folder, recipe):
+        typer.echo(line)
+
+
+@app.command()
+def train(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Train a model as a configuration says."""
+    run, found = _read(config, overrides)
+    from prefopt.session import train as start
+
+    result = start(run, found, warn=_warn)
+    typer.echo(f"{result.outcome}: {result.model}")
+
+
+@bench.command("run")
+def bench_run(
+    suite: Annotated[Path, typer.Argument(help="A YAML suite.", metavar="SUITE.YAML")],
+    overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option(help="Where to; default runs/bench-NAME.")] = None,
+) -> None:
+    """Run a suite: finished cells are kept, the rest is trained and measured, a report is written."""
+    from prefopt.bench.suite import run_suite
+
+    for line in run_suite(suite, overrides or (), out):
+        typer.echo(line)
+
+
+@show.command("batch")
+def show_batch(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Print the first step as text, roles and masks: what exactly is trained on."""
+    run, found = _read(config, overrides)
+    from prefopt.cli.show import first_batch
+
+    for line in first_batch(run, found):
+        typer.echo(line)
+
+
+@plugins.command("list")
+def plugins_list(
+    everything: Annotated[bool, typer.Option("--all", help="The core's own components too.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+) -> None:
+    """List what the installed plugins offer."""
+    from prefopt.cli.listing import listing
+    from prefopt.plugins import load
+
+    typer.echo(listing(load(), everything, as_json))
+
+
+@plugins.command("doctor")
+def plugins_doctor() -> None:
+    """Say which plugins could not be loaded and why, which clash, and what could be better."""
+    from prefopt.cli.listing import examine
+    from prefopt.plugins import load
+
+    healthy, lines = examine(load())
+    for line in lines:
+        typer.echo(line)
+    if not healthy:
+        raise typer.Exit(4)
+
+
+@plugins.command("new")
+def plugins_new(
+    name: Annotated[str, typer.Argument(help="Name of the method, such as `my_method`.")],
+    folder: Annotated[Path, typer.Option(help="Where to put the plugin's folder.")] = Path("."),
+) -> None:
+    """Write an installable plugin with one method, whose tests fail until its loss is written."""
+    from prefopt.cli.start import write_plugin
+
+    for line in write_plugin(name, folder):
+        typer.echo(line)
+
+
+# --- more ------------------------------------------------------------------------------------------------------------
+
+
+@app.command(rich_help_panel=MORE)
+def validate(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Check a configuration, the first rows of its data, and its plugins; nothing is trained or written."""
+    run, found = _read(config, overrides)
+    from prefopt.preflight import describe
+
+    typer.echo(f"valid: {describe(run, found.registry)}")
+
+
+@app.command(rich_help_panel=MORE)
+def resume(folder: Annotated[Path, typer.Argument(help="A run folder.", metavar="RUN")]) -> None:
+    """Continue a run from its last checkpoint, to the same bytes it would have had."""
+    from prefopt.errors import ConfigError
+
+    if (folder / "result.json").exists():
+        raise ConfigError("the run is finished", where=str(folder))
+    run, found = _read(folder / "config.yaml", [f"run.dir={folder}"])
+    from prefopt.session import train as start
+
+    result = start(run, found, resume=True, warn=_warn)
+    typer.echo(f"{result.outcome}: {result.model}")
+
+
+@app.command(rich_help_panel=MORE)
+def explain(
+    name: Annotated[str, typer.Argument(help="Name of a component, such as `dpo`.")],
+    kind: Annotated[str | None, typer.Option(help="Its kind, where several kinds share the name.")] = None,
+) -> None:
+    """Explain a method or another component: formula, paper, needs, settings, known differences."""
+    from prefopt.cli.listing import explanation
+    from prefopt.plugins import load
+
+    typer.echo(explanation(load(), name, kind))
+
+
+@app.command(rich_help_panel=MORE)
+def schema() -> None:
+    """Print the JSON schema of a run with the installed plugins, for completion in editors."""
+    from prefopt.cli.start import schema_text
+
+    typer.echo(schema_text())

@@ -1,0 +1,42 @@
+"""The first step of a run, as a person can check it: every token that is read and every token that is trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from prefopt.config import RunConfig
+from prefopt.data.render import Tokenizer, Tokens
+from prefopt.engine.inputs import Inputs
+from prefopt.engine.models import reader
+from prefopt.engine.services import EngineServices
+from prefopt.errors import DataError
+from prefopt.plugins import Plugins
+from prefopt.preflight import world_recipe
+from prefopt.rows import Role
+
+
+def first_batch(config: RunConfig, plugins: Plugins, shown: int = 4) -> Iterator[str]:
+    """Lines about the first step: its size, then its first groups with roles, tokens and masks."""
+    tokenizer, positions = reader(config.model, world_recipe(config.model.path, plugins.find))
+    inputs = Inputs.of(config, tokenizer, positions, EngineServices(config.run.seed))
+    built = inputs.assembler(inputs.order.step(0))
+    if built is None:
+        raise DataError("nothing is left of the first step's rows", where="data")
+    counts = ", ".join(f"{int(n)} {unit}" for unit, n in built.batch.counts.items() if n)
+    yield f"{config.algorithm.name}, step 1 of {inputs.total}: {counts}; {sum(map(len, built.tokens))} tokens read"
+    yield "[prompt] is read, <completion> is trained on, token by token"
+    groups = list(dict.fromkeys(built.batch.group.tolist()))
+    for i, tokens in enumerate(built.tokens):
+        group = groups.index(int(built.batch.group[i]))
+        if group < shown:
+            yield from _sequence(tokenizer, group, Role(int(built.batch.role[i])), tokens)
+    if len(groups) > shown:
+        yield f"\n... and {len(groups) - shown} more groups"
+
+
+def _sequence(tokenizer: Tokenizer, group: int, role: Role, tokens: Tokens) -> Iterator[str]:
+    completion = "|".join(tokenizer.decode([token]) for token in tokens.completion)
+    yield ""
+    yield f"group {group}, {role.name.lower()}: {len(tokens.prompt)} + {len(tokens.completion)} tokens"
+    yield f"[{tokenizer.decode(list(tokens.prompt))}]"
+    yield f"<{completion}>"

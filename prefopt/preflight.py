@@ -1,0 +1,148 @@
+"""What can be known to be wrong before anything heavy is loaded: no torch, so `prefopt validate` is quick."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from prefopt.batch import Needs
+from prefopt.components import Algorithm, Component, DataSource, Recipe, Scorer, World
+from prefopt.config import DataConfig, ModelConfig, RunConfig
+from prefopt.data.adapt import adapt, adaptable
+from prefopt.data.streams import generator
+from prefopt.errors import ConfigError, DataError, PluginError, PrefoptError, Problem
+from prefopt.registry import Registry
+from prefopt.rows import Row
+
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+WORLD = "world:"
+
+
+@dataclass(frozen=True)
+class _Light:
+    """Services before any model exists: random numbers only."""
+
+    seed: int
+
+    def rng(self, *purpose: str | int) -> np.random.Generator:
+        return generator(self.seed, "component", *purpose)
+
+    def scorer(self, path: str) -> Scorer:
+        raise ConfigError(f"the reward model at `{path}` is not loaded while a configuration is checked")
+
+
+def check(config: RunConfig, registry: Registry) -> None:
+    """Raises everything that is wrong with a run and can be seen without a model: one error, of the gravest kind."""
+    errors = list(_errors(config, registry))
+    if errors:
+        gravest = min(errors, key=lambda error: error.exit_code)
+        raise type(gravest)(*(problem for error in errors for problem in error.problems))
+
+
+def _errors(config: RunConfig, registry: Registry) -> Iterator[PrefoptError]:
+    yield from _caught(lambda: _check_model(config.model, "model.path", registry))
+    reference = config.reference
+    if reference is not None and reference.path is not None:
+        path = reference.path
+        yield from _caught(lambda: _check_model(ModelConfig(path=path), "reference.path", registry))
+    yield from _caught(lambda: _check_algorithm(config))
+    yield from _caught(lambda: _check_data(config.data, "data", config))
+    evaluation = config.eval
+    if evaluation is not None and evaluation.data is not None:
+        data = evaluation.data
+        yield from _caught(lambda: _check_data(data, "eval.data", config))
+
+
+def _caught(check: Callable[[], None]) -> Iterator[PrefoptError]:
+    try:
+        check()
+    except PrefoptError as error:
+        yield error
+
+
+def _check_model(model: ModelConfig, where: str, registry: Registry) -> None:
+    """A local model must have a configuration and safetensors; a hub name cannot be checked without the network."""
+    if model.path.startswith(WORLD):
+        registry.find("world", model.path.removeprefix(WORLD))
+        return
+    folder = Path(model.path).expanduser()
+    if not folder.exists():
+        if HUB_NAME.fullmatch(model.path) and not folder.parent.exists():
+            return
+        raise ConfigError(f"there is no folder `{model.path}`", where=where, fix="Train or download the model first.")
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"`{model.path}` has no config.json", where=where, fix="Name a Hugging Face model folder.")
+    if not list(folder.glob("*.safetensors")):
+        others = ", ".join(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".pkl"))
+        fix = f"Convert {others} to safetensors: prefopt never loads pickled weights." if others else ""
+        raise ConfigError(f"`{model.path}` has no safetensors weights", where=where, fix=fix)
+
+
+def _check_algorithm(config: RunConfig) -> None:
+    needs = _needs(config.algorithm)
+    if needs.draws:
+        raise PluginError(
+            f"algorithm `{config.algorithm.name}` samples while it trains; this version trains from data only",
+            where="algorithm",
+        )
+    if config.reference is not None and "reference_logps" not in needs.columns:
+        raise ConfigError(f"algorithm `{config.algorithm.name}` uses no reference", where="reference", fix="Remove it.")
+
+
+def _needs(algorithm: Algorithm) -> Needs:
+    try:
+        return algorithm.needs()
+    except PrefoptError:
+        raise
+    except Exception as error:
+        raise PluginError(
+            f"{type(algorithm).__name__}.needs() failed: {type(error).__name__}: {error}", where="algorithm"
+        ) from None
+
+
+def _check_data(data: DataConfig, where: str, config: RunConfig) -> None:
+    """The first rows can be read, become what the algorithm eats, and have the numbers it asks for."""
+    rows = _peek(data.source, config.run.seed)
+    if not rows:
+        raise DataError("the data source has no rows", where=where)
+    found, wanted = type(rows[0]), config.algorithm.eats
+    if not adaptable(found, wanted):
+        adapt(rows[:1], wanted)
+    needed = _needs(config.algorithm).rows
+    problems = []
+    for row in rows:
+        for sequence in (s for new in adapt([row], wanted) for s in new.sequences(0)):
+            missing = sorted(needed - sequence.fields.keys())
+            if missing:
+                what = f"algorithm `{config.algorithm.name}` needs `{', '.join(missing)}`, which this row does not have"
+                problems.append(Problem(what, f"{where}, row {row.index}"))
+                break
+    if problems:
+        raise DataError(*problems[:5])
+
+
+def _peek(source: DataSource, seed: int) -> list[Row]:
+    return list(source.peek(_Light(seed)))
+
+
+def world_recipe(path: str, find: Callable[[str, str], type[Component]]) -> Recipe | None:
+    """The base model of the world that `path` names; None when it names none."""
+    if not path.startswith(WORLD):
+        return None
+    world = find("world", path.removeprefix(WORLD))()
+    assert isinstance(world, World)
+    return world.recipe()
+
+
+def describe(config: RunConfig, registry: Registry) -> str:
+    """One line that says what a valid configuration will do."""
+    entry = registry.find("algorithm", config.algorithm.name)
+    needs = config.algorithm.needs()
+    parts = [f"{config.algorithm.name} ({entry.distribution} {entry.version})"]
+    parts.append(f"on {config.algorithm.eats.kind} rows from {config.data.source.name}")
+    parts.append(f"needs {', '.join([*sorted(needs.columns), *sorted(needs.during)])}")
+    return ", ".join(parts)
