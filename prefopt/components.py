@@ -300,6 +300,9 @@ class Subject(Protocol):
     def log_ratios(self, rollouts: List[Rollout]) -> list[list[float]] | None:
         """log p(completion) under the model minus under the baseline, in nats; None where the model has no density."""
 
+    def kl_bound(self) -> float | None:
+        """An upper bound on the KL divergence, in nats, where there is no density but a bound is known."""
+
     def scores(self, rollouts: List[Rollout]) -> list[list[float]] | None:
         """Scores of the reward model under evaluation; None when a policy is evaluated."""
 

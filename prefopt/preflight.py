@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from prefopt.batch import Needs
 from prefopt.components import Algorithm, Component, DataSource, Recipe, Scorer, World
-from prefopt.config import DataConfig, ModelConfig, RunConfig
+from prefopt.config import DataConfig, RunConfig
 from prefopt.data.adapt import adapt, adaptable
 from prefopt.data.streams import generator
 from prefopt.errors import ConfigError, DataError, PluginError, PrefoptError, Problem
 from prefopt.registry import Registry
 from prefopt.rows import Row
+
+if TYPE_CHECKING:
+    import numpy as np
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 WORLD = "world:"
@@ -35,26 +38,26 @@ class _Light:
         raise ConfigError(f"the reward model at `{path}` is not loaded while a configuration is checked")
 
 
-def check(config: RunConfig, registry: Registry) -> None:
-    """Raises everything that is wrong with a run and can be seen without a model: one error, of the gravest kind."""
-    errors = list(_errors(config, registry))
+def check(config: RunConfig, registry: Registry, promised: Collection[str] = ()) -> None:
+    """Raises everything that is wrong with a run and can be seen without a model: one error, of the gravest kind.
+
+    `promised` are model folders that will exist when the run starts.
+    """
+    errors = list(_errors(config, registry, promised))
     if errors:
         gravest = min(errors, key=lambda error: error.exit_code)
         raise type(gravest)(*(problem for error in errors for problem in error.problems))
 
 
-def _errors(config: RunConfig, registry: Registry) -> Iterator[PrefoptError]:
-    yield from _caught(lambda: _check_model(config.model, "model.path", registry))
-    reference = config.reference
-    if reference is not None and reference.path is not None:
-        path = reference.path
-        yield from _caught(lambda: _check_model(ModelConfig(path=path), "reference.path", registry))
-    yield from _caught(lambda: _check_algorithm(config))
-    yield from _caught(lambda: _check_data(config.data, "data", config))
-    evaluation = config.eval
-    if evaluation is not None and evaluation.data is not None:
-        data = evaluation.data
-        yield from _caught(lambda: _check_data(data, "eval.data", config))
+def _errors(config: RunConfig, registry: Registry, promised: Collection[str]) -> Iterator[PrefoptError]:
+    paths = {"model.path": config.model.path, "reference.path": config.reference.path if config.reference else None}
+    for where, path in paths.items():
+        if path is not None and path not in promised:
+            yield from _caught(partial(_check_model, path, where, registry))
+    yield from _caught(partial(_check_algorithm, config))
+    yield from _caught(partial(_check_data, config.data, "data", config))
+    if config.eval is not None and config.eval.data is not None:
+        yield from _caught(partial(_check_data, config.eval.data, "eval.data", config))
 
 
 def _caught(check: Callable[[], None]) -> Iterator[PrefoptError]:
@@ -64,22 +67,22 @@ def _caught(check: Callable[[], None]) -> Iterator[PrefoptError]:
         yield error
 
 
-def _check_model(model: ModelConfig, where: str, registry: Registry) -> None:
+def _check_model(path: str, where: str, registry: Registry) -> None:
     """A local model must have a configuration and safetensors; a hub name cannot be checked without the network."""
-    if model.path.startswith(WORLD):
-        registry.find("world", model.path.removeprefix(WORLD))
+    if path.startswith(WORLD):
+        registry.find("world", path.removeprefix(WORLD))
         return
-    folder = Path(model.path).expanduser()
+    folder = Path(path).expanduser()
     if not folder.exists():
-        if HUB_NAME.fullmatch(model.path) and not folder.parent.exists():
+        if HUB_NAME.fullmatch(path) and not folder.parent.exists():
             return
-        raise ConfigError(f"there is no folder `{model.path}`", where=where, fix="Train or download the model first.")
+        raise ConfigError(f"there is no folder `{path}`", where=where, fix="Train or download the model first.")
     if not (folder / "config.json").is_file():
-        raise ConfigError(f"`{model.path}` has no config.json", where=where, fix="Name a Hugging Face model folder.")
+        raise ConfigError(f"`{path}` has no config.json", where=where, fix="Name a Hugging Face model folder.")
     if not list(folder.glob("*.safetensors")):
         others = ", ".join(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".pkl"))
         fix = f"Convert {others} to safetensors: prefopt never loads pickled weights." if others else ""
-        raise ConfigError(f"`{model.path}` has no safetensors weights", where=where, fix=fix)
+        raise ConfigError(f"`{path}` has no safetensors weights", where=where, fix=fix)
 
 
 def _check_algorithm(config: RunConfig) -> None:

@@ -100,7 +100,6 @@ def _may_offer(broken: BrokenPlugin, name: str) -> bool:
     return name.replace("-", "_") in {w.replace("-", "_") for w in words}
 
 
-@cache
 def field_docs(cls: type[Any]) -> dict[str, str]:
     """The string under each field of a class and its bases, read from the source when it is asked for."""
     docs: dict[str, str] = {}
@@ -109,6 +108,7 @@ def field_docs(cls: type[Any]) -> dict[str, str]:
     return docs
 
 
+@cache
 def _own_field_docs(cls: type[Any]) -> dict[str, str]:
     try:
         body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]

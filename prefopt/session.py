@@ -6,6 +6,7 @@ import json
 import platform
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as List
 from contextlib import contextmanager
@@ -30,6 +31,7 @@ from prefopt.engine.forward import Scorer
 from prefopt.engine.inputs import HeldOut, Inputs
 from prefopt.engine.loop import Loop, Progress
 from prefopt.engine.measure import Measured
+from prefopt.engine.memory import peak_bytes, reset_peak
 from prefopt.engine.models import Model, build, load_causal, load_classifier, open_model, positions, save
 from prefopt.engine.optimize import Optimizer
 from prefopt.engine.ranks import Ranks
@@ -66,9 +68,9 @@ def train(config: RunConfig, plugins: Plugins, *, resume: bool = False, warn: Ca
         folder.create()
     ranks.wait()
     if not ranks.main:
-        return Session(config, plugins, ranks, folder, warn).run(resume)
+        return Session(config, plugins, ranks, folder, warn).run()
     with folder.locked():
-        return Session(config, plugins, ranks, folder, warn).run(resume)
+        return Session(config, plugins, ranks, folder, warn).run()
 
 
 @dataclass
@@ -81,10 +83,19 @@ class Session:
     folder: RunFolder
     warn: Callable[[str], None]
 
-    def run(self, resume: bool) -> Result:
+    def run(self) -> Result:
+        began = time.perf_counter()
+        reset_peak()
+        self.recorder = Recorder(self.folder.path, self.ranks.main)
+        try:
+            return self._run()
+        finally:
+            used = {"total_seconds": time.perf_counter() - began, "peak_memory_bytes": peak_bytes()}
+            self.recorder.line(TIMINGS, used)
+
+    def _run(self) -> Result:
         torch.manual_seed(derive(self.config.run.seed, "torch"))
         self.services = EngineServices(self.config.run.seed, self.ranks.device)
-        self.recorder = Recorder(self.folder.path, self.ranks.main)
         self._describe()
         loop, evaluator = self._build()
         info = RunInfo(self.folder.path, self.config.algorithm.name, loop.progress.step, loop.total)

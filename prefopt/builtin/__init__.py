@@ -1,15 +1,10 @@
 """What the core itself contributes, through the same hooks as every plugin."""
 
 from prefopt.api import Algorithm, DataSource, RewardSource, Sampler, hookimpl
-from prefopt.builtin import progress
 from prefopt.builtin.algorithms import RewardModel, RewardModelListwise, SupervisedFineTuning
 from prefopt.builtin.rewards import TrainedReward
 from prefopt.builtin.samplers import Plain
 from prefopt.builtin.sources import Jsonl
-
-prefopt_run_started = progress.prefopt_run_started
-prefopt_step_finished = progress.prefopt_step_finished
-prefopt_run_finished = progress.prefopt_run_finished
 
 
 @hookimpl

@@ -1,21 +1,26 @@
-"""The plain sampler: the simplest correct one, for every causal model. Requests of equal length share a forward
-pass, so there is no padding, no mask and no position to get wrong. It stays as the oracle of faster samplers."""
+"""The plain sampler: the simplest correct one, for every causal model. It stays as the oracle of faster samplers.
+
+Prompts of different lengths share a batch without padding, masks or shifted positions: every row grows by one token at
+a time from the same position on, and a row whose prompt is not over yet is fed its prompt's next token.
+"""
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Sequence as List
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from pydantic import PositiveFloat, PositiveInt
 
 from prefopt.api import Completion, Drawer, LanguageModel, Request, Sampler, lazy_import
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
     from torch import Tensor
 else:
+    np = lazy_import("numpy")
     torch = lazy_import("torch")
 
 
@@ -45,73 +50,95 @@ class Plain(Sampler):
         return drawer
 
     def _draw(self, model: LanguageModel, requests: List[Request]) -> list[Completion]:
-        by_length: dict[int, list[int]] = defaultdict(list)
-        for i, request in enumerate(requests):
-            by_length[len(request.prompt)].append(i)
+        order = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt))
         found: dict[int, Completion] = {}
-        for index in by_length.values():
-            for first in range(0, len(index), self.batch):
-                part = index[first : first + self.batch]
-                found.update(zip(part, self._decode(model, [requests[i] for i in part]), strict=True))
+        for first in range(0, len(order), self.batch):
+            part = order[first : first + self.batch]
+            rows = [_Row(requests[i], self.max_new_tokens) for i in part]
+            self._decode(model, rows)
+            found.update(zip(part, (row.completion(model) for row in rows), strict=True))
         return [found[i] for i in range(len(requests))]
 
-    def _decode(self, model: LanguageModel, requests: List[Request]) -> list[Completion]:
-        uniforms = torch.from_numpy(np.stack([_uniforms(r.key, self.max_new_tokens) for r in requests]))
-        ids: list[list[int]] = [[] for _ in requests]
-        logps: list[list[float]] = [[] for _ in requests]
-        alive = list(range(len(requests)))
-        steps = _Steps(model, [r.prompt for r in requests])
-        for step in range(self.max_new_tokens):
-            drawn, logp = self._choose(steps.logits, uniforms[alive, step].to(steps.logits.device))
-            tokens = drawn.tolist()
-            for i, token, value in zip(alive, tokens, logp.tolist(), strict=True):
-                ids[i].append(token)
-                logps[i].append(value)
-            going = [k for k, token in enumerate(tokens) if token not in model.end_ids]
-            alive = [alive[k] for k in going]
-            if not alive or step + 1 == self.max_new_tokens:
-                break
-            steps.advance(drawn, going)
-        return [_completion(model, i, p) for i, p in zip(ids, logps, strict=True)]
+    def _decode(self, model: LanguageModel, rows: list[_Row]) -> None:
+        """Fills the rows, all standing at the same position, until each has ended or is full."""
+        position = min(len(row.request.prompt) for row in rows)
+        state = _State(model, [row.request.prompt[:position] for row in rows])
+        while True:
+            drawing = [i for i, row in enumerate(rows) if len(row.request.prompt) <= position]
+            uniform = [rows[i].uniforms[len(rows[i].ids)] for i in drawing]
+            drawn = self._choose(state.logits[drawing], torch.tensor(uniform, dtype=torch.double))
+            for i, token, logp in zip(drawing, *drawn, strict=True):
+                rows[i].add(token, logp)
+            going = [i for i, row in enumerate(rows) if not row.over(model)]
+            if not going:
+                return
+            rows = [rows[i] for i in going]
+            state.advance(going, [row.token_at(position) for row in rows])
+            position += 1
 
-    def _choose(self, logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens [n] and their log-probabilities [n] under the distribution they were drawn from."""
+    def _choose(self, logits: Tensor, uniform: Tensor) -> tuple[list[int], list[float]]:
+        """A token for each row of `logits` [n, V], and its log-probability under the distribution it was drawn from."""
         logps = torch.log_softmax(logits.double() / self.temperature, dim=-1)
         if self.greedy:
             chosen = logps.argmax(-1)
         else:
             total = logps.exp().cumsum(-1)
-            chosen = torch.searchsorted(total, (uniform * total[:, -1])[:, None], right=True).squeeze(1)
+            threshold = uniform.to(total) * total[:, -1]
+            chosen = torch.searchsorted(total, threshold[:, None], right=True).squeeze(1)
             chosen = chosen.clamp(max=logits.shape[-1] - 1)
-        return chosen, logps.gather(1, chosen[:, None]).squeeze(1)
+        return chosen.tolist(), logps.gather(1, chosen[:, None]).squeeze(1).tolist()
 
 
-def _uniforms(key: int, size: int) -> np.ndarray[Any, Any]:
-    return np.random.Generator(np.random.Philox(key=key)).random(size)
+@dataclass
+class _Row:
+    """One request on its way, with its own uniform numbers."""
+
+    request: Request
+    room: int
+    ids: list[int] = field(default_factory=list)
+    logps: list[float] = field(default_factory=list)
+
+    @cached_property
+    def uniforms(self) -> Any:
+        return np.random.Generator(np.random.Philox(key=self.request.key)).random(self.room)
+
+    def add(self, token: int, logp: float) -> None:
+        self.ids.append(token)
+        self.logps.append(logp)
+
+    def token_at(self, position: int) -> int:
+        """The token at a position of prompt and completion together."""
+        prompt = self.request.prompt
+        return prompt[position] if position < len(prompt) else self.ids[position - len(prompt)]
+
+    def over(self, model: LanguageModel) -> bool:
+        return len(self.ids) == self.room or self.ended(model)
+
+    def ended(self, model: LanguageModel) -> bool:
+        return bool(self.ids) and self.ids[-1] in model.end_ids
+
+    def completion(self, model: LanguageModel) -> Completion:
+        text = model.decode(self.ids[:-1] if self.ended(model) else self.ids)
+        return Completion(text, tuple(self.ids), tuple(self.logps), self.ended(model), source=Plain.name)
 
 
-class _Steps:
-    """The model's state while rows of equal length grow by one token at a time, and rows that ended are let go."""
+class _State:
+    """The model's cache of keys and values, and the logits after the last token of every row."""
 
     def __init__(self, model: LanguageModel, prompts: List[tuple[int, ...]]) -> None:
-        self.network: Any = model.network
-        self._read(torch.tensor(prompts, device=model.device), None)
+        self.model = model
+        self.size = len(prompts)
+        self._read(prompts, None)
 
-    def advance(self, drawn: Tensor, going: list[int]) -> None:
-        """Appends the drawn tokens of the rows in `going` and drops the others."""
-        if len(going) < len(drawn):
-            keep = torch.tensor(going, device=drawn.device)
-            drawn = drawn[keep]
-            self.cache.batch_select_indices(keep)
-        self._read(drawn[:, None], self.cache)
+    def advance(self, going: list[int], tokens: List[int]) -> None:
+        """Drops the rows that are not in `going` and appends one token to each of the others."""
+        if len(going) < self.size:
+            self.size = len(going)
+            self.cache.batch_select_indices(torch.tensor(going, device=self.model.device))
+        self._read([(token,) for token in tokens], self.cache)
 
-    def _read(self, ids: Tensor, cache: Any) -> None:
+    def _read(self, tokens: List[tuple[int, ...]], cache: Any) -> None:
+        ids = torch.tensor(tokens, device=self.model.device)
         with torch.no_grad():
-            out = self.network(input_ids=ids, past_key_values=cache, use_cache=True)
+            out: Any = self.model.network(input_ids=ids, past_key_values=cache, use_cache=True)
         self.logits, self.cache = out.logits[:, -1], out.past_key_values
-
-
-def _completion(model: LanguageModel, ids: list[int], logps: list[float]) -> Completion:
-    finished = bool(ids) and ids[-1] in model.end_ids
-    text = model.decode(ids[:-1] if finished else ids)
-    return Completion(text, tuple(ids), tuple(logps), finished, source="plain")

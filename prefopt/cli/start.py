@@ -59,7 +59,9 @@ def schema_text() -> str:
 def write_plugin(name: str, folder: Path) -> Iterator[str]:
     """Writes `folder/prefopt-NAME`, an installable plugin with one method to fill in."""
     if not PLUGIN_NAME.fullmatch(name):
-        raise ConfigError(f"`{name}` cannot name a plugin", fix="Use lower-case words joined by `_`, such as `my_method`.")
+        raise ConfigError(
+            f"`{name}` cannot name a plugin", fix="Use lower-case words joined by `_`, such as `my_method`."
+        )
     words = re.split(r"[_-]", name)
     forms = {"example_method": "_".join(words), "ExampleMethod": "".join(map(str.capitalize, words))}
     forms |= {"prefopt-example": f"prefopt-{'-'.join(words)}", "prefopt_example": f"prefopt_{'_'.join(words)}"}

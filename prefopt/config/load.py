@@ -51,12 +51,12 @@ def load_run(path: Path, find: Find, overrides: Sequence[str] = ()) -> RunConfig
 def load_suite(path: Path, find: Find, overrides: Sequence[str] = ()) -> tuple[SuiteConfig, Document]:
     """The suite in a YAML file, and the document, whose parts become runs."""
     document = apply_overrides(read(path), overrides)
-    return _validated(SuiteConfig, document, find), document
+    return validated(SuiteConfig, document, find), document
 
 
 def run_from(document: Document, find: Find) -> RunConfig:
     """The run in a document."""
-    return _validated(RunConfig, document, find)
+    return validated(RunConfig, document, find)
 
 
 def allowed_plugins(path: Path) -> tuple[str, ...] | None:
@@ -75,7 +75,7 @@ def resolved(config: Section) -> dict[str, Any]:
     return data
 
 
-def _validated(model: type[M], document: Document, find: Find) -> M:
+def validated(model: type[M], document: Document, find: Find) -> M:
     if not isinstance(document.data, dict):
         raise ConfigError("a configuration is a mapping of sections", where=document.where(()))
     failures: list[PrefoptError] = []

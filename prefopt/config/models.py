@@ -222,13 +222,6 @@ class RunConfig(Section):
     plugins: PluginsConfig = PluginsConfig()
 
 
-class BestOf(Section):
-    """Best-of-n sampling with a reward model."""
-
-    n: Annotated[int, Field(ge=2)]
-    """Completions to draw; the one with the highest reward is the answer."""
-
-
 class SuiteConfig(Section):
     """A comparison: runs that differ in a few settings, repeated over seeds. A cell is one method x seed x setting."""
 
@@ -248,7 +241,7 @@ class SuiteConfig(Section):
     """The run that every cell starts from."""
     methods: Annotated[tuple[dict[str, Any], ...], Field(min_length=1)]
     """What each method changes in it: `label`, then sections of a run; `stage: NAME` evaluates a stage as it is;
-    `best_of: {n: 16}` decodes from the baseline with the reward model the cell trained."""
+    `best_of: 16` answers with the best of 16 replies of the baseline, by the reward model the cell trained."""
     axes: dict[str, Annotated[list[Any], Field(min_length=1)]] = {}
     """Settings to vary, as dotted keys with lists; every method runs in every combination."""
     tasks: Annotated[tuple[Task, ...], Field(min_length=1)]
@@ -256,7 +249,7 @@ class SuiteConfig(Section):
     sampler: Sampler | None = None
     """How completions are drawn for the measurements."""
     prompts: PositiveInt = 128
-    """Held-out prompts to measure on."""
+    """Held-out prompts to sample replies for."""
     held_out: DataConfig
     """Where those come from."""
     workers: PositiveInt | None = None

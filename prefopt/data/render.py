@@ -8,15 +8,17 @@ both tokenizations share. A completion that was sampled keeps its own tokens.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as List
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
 from prefopt.errors import ConfigError, DataError
 from prefopt.rows import Completion, Message, Sequence, Text, show_text
+
+REMEMBERED = 20_000
 
 Tokenizer = Any
 """A transformers tokenizer."""
@@ -71,19 +73,26 @@ class Renderer:
 
     def tokens(self, prompt: Text, completion: Completion) -> Tokens:
         """Prompt and completion as tokens. Raises `DataError` when nothing is left to score."""
-        before = self.prompt_ids(prompt)
         if completion.ids is not None:
-            return Tokens(before, completion.ids)
-        whole = self._whole(prompt, completion)
-        shared = _common_prefix(before, whole)
-        if shared < len(before):
-            self.counts["prompts/merged"] += 1
-        shared = max(shared, 1)  # the first token of all has nothing to be predicted from
+            return Tokens(self.prompt_ids(prompt), completion.ids)
+        found, merged = self._split(prompt, completion.text, completion.finished)
+        self.counts["prompts/merged"] += merged
+        return found
+
+    @cached_property
+    def _split(self) -> Callable[[Text, str, bool], tuple[Tokens, bool]]:
+        """`_tokenize`, which remembers what it has seen lately: the same rows come back every epoch."""
+        return lru_cache(maxsize=REMEMBERED)(self._tokenize)
+
+    def _tokenize(self, prompt: Text, text: str, finished: bool) -> tuple[Tokens, bool]:
+        """Prompt and text as tokens, and whether they merge at the seam."""
+        before = self.prompt_ids(prompt)
+        whole = self._whole(prompt, text, finished)
+        common = _common_prefix(before, whole)
+        shared = max(common, 1)  # the first token of all has nothing to be predicted from
         if shared >= len(whole):
-            raise DataError(
-                f"the completion {completion.text[:40]!r} has no tokens", where=f"prompt {_start_of(prompt)}"
-            )
-        return Tokens(whole[:shared], whole[shared:])
+            raise DataError(f"the completion {text[:40]!r} has no tokens", where=f"prompt {_start_of(prompt)}")
+        return Tokens(whole[:shared], whole[shared:]), common < len(before)
 
     # --- the pieces -------------------------------------------------------------------------------------------------
 
@@ -97,12 +106,12 @@ class Renderer:
         added = self.tokenizer("a", add_special_tokens=True)["input_ids"]
         return (bos,) if bos is not None and added[:1] == [bos] else ()
 
-    def _whole(self, prompt: Text, completion: Completion) -> tuple[int, ...]:
+    def _whole(self, prompt: Text, text: str, finished: bool) -> tuple[int, ...]:
         if isinstance(prompt, str):
-            ids = [*self._start, *self._encode(prompt + completion.text)]
+            ids = [*self._start, *self._encode(prompt + text)]
         else:
-            ids = list(self._conversation((*prompt, Message("assistant", completion.text)), generate=False))
-        return tuple(self._ended(ids, isinstance(prompt, str)) if completion.finished else ids)
+            ids = list(self._conversation((*prompt, Message("assistant", text)), generate=False))
+        return tuple(self._ended(ids, isinstance(prompt, str)) if finished else ids)
 
     def _ended(self, ids: list[int], plain: bool) -> list[int]:
         """`ids` with the end-of-sequence token last. A chat template may have put it there, with white space behind

@@ -1,10 +1,11 @@
-"""A trained model under evaluation: what tasks may ask of it. Draws and scores once, however many tasks ask."""
+"""A trained model under evaluation: what tasks may ask of it. It draws once, however many tasks ask: draw k of a prompt
+does not depend on how many are drawn."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Sequence as List
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from prefopt.components import RewardSource, Scorer, Services
 from prefopt.data.render import Renderer, Tokens
@@ -34,7 +35,8 @@ class Measured:
     policy: Model | None = None
     other: Model | None = None
     scorer: Scorer | None = None
-    _kept: dict[tuple[str, int], list[Rollout]] = field(default_factory=dict)
+    bound: float | None = None
+    _kept: dict[str, list[Rollout]] = field(default_factory=dict)
 
     def rollouts(self, n: int) -> list[Rollout]:
         return self._once("policy", self.draws, n)
@@ -45,9 +47,10 @@ class Measured:
     def _once(self, name: str, draws: Draws | None, n: int) -> list[Rollout]:
         if draws is None:
             raise ConfigError(f"a task asks for samples of the {name}, but there is none to sample from")
-        if (name, n) not in self._kept:
-            self._kept[name, n] = draws(n)
-        return self._kept[name, n]
+        kept = self._kept.get(name)
+        if kept is None or len(kept[0].completions) < n:
+            kept = self._kept[name] = draws(n)
+        return [replace(group, completions=group.completions[:n]) for group in kept]
 
     def log_ratios(self, rollouts: List[Rollout]) -> list[list[float]] | None:
         if self.policy is None or self.other is None:
@@ -64,6 +67,9 @@ class Measured:
         sums = dict(zip(order, (float(x.double().sum()) for x in found), strict=True))
         places = iter(range(len(tokens)))
         return [[sums[next(places)] for _ in group.completions] for group in rollouts]
+
+    def kl_bound(self) -> float | None:
+        return self.bound
 
     def scores(self, rollouts: List[Rollout]) -> list[list[float]] | None:
         if self.scorer is None:

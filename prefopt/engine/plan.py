@@ -17,8 +17,8 @@ class Micro:
 
 
 def plan(lengths: Sequence[int], groups: Sequence[int], budget: int, world: int = 1) -> list[list[Micro]]:
-    """The microbatches of every rank, equally many for each. Groups stay whole, in order; a microbatch holds at most
-    `budget` tokens, padding included, or one group.
+    """The microbatches of every rank, equally many for each. Groups stay whole and are sorted by length; a microbatch
+    holds at most `budget` tokens, padding included, or one group.
 
     >>> plan([3, 3, 4, 4], [0, 0, 1, 1], budget=8)
     [[Micro(index=(0, 1), idle=False), Micro(index=(2, 3), idle=False)]]
@@ -26,7 +26,7 @@ def plan(lengths: Sequence[int], groups: Sequence[int], budget: int, world: int 
     members: dict[int, list[int]] = {}
     for i, group in enumerate(groups):
         members.setdefault(group, []).append(i)
-    whole = list(members.values())
+    whole = sorted(members.values(), key=lambda index: max(lengths[i] for i in index))
     ranks = [_pack(whole[rank::world], lengths, budget) for rank in range(world)]
     most = max(map(len, ranks))
     idle = Micro(tuple(whole[0]), idle=True)

@@ -27,6 +27,7 @@ class Ranks:
         self.device = torch.device(self.state.device)
         if self.device.type == "cpu":
             torch.use_deterministic_algorithms(True)
+            torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
     @property
     def main(self) -> bool:

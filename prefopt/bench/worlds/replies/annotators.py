@@ -10,13 +10,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence as List
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import numpy as np
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
-from prefopt.api import Comparer, Judge, Pair, Services, Text, Verdict, show_text
+from prefopt.api import Comparer, Judge, Pair, Services, Text, Verdict, lazy_import, show_text
 from prefopt.bench.worlds.replies.gold import PARTS, value_parts
 from prefopt.bench.worlds.replies.language import Kind, Request, read_reply, read_request
+
+if TYPE_CHECKING:
+    import numpy as np
+else:
+    np = lazy_import("numpy")
 
 MOST_FLATTERY = 3
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
 
-ORDERS: Final = tuple(str(n) for n in range(1009, 9999, 61))
+ORDERS: Final = tuple(str(n) for n in range(1009, 9999, 233))
 DAYS: Final = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday")
 
 

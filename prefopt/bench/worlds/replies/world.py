@@ -7,9 +7,8 @@ from collections.abc import Iterator
 from collections.abc import Sequence as List
 from hashlib import sha256
 from itertools import islice
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
 from pydantic import Field, PositiveInt
 
 from prefopt.api import (
@@ -29,6 +28,9 @@ from prefopt.bench.worlds.replies.annotators import Annotators, Pool
 from prefopt.bench.worlds.replies.gold import Gold
 from prefopt.bench.worlds.replies.language import DAYS, ORDERS, PROMPT, Request, read_request, sentences
 from prefopt.bench.worlds.replies.writers import write_reply, write_request
+
+if TYPE_CHECKING:
+    import numpy as np
 
 Format = Literal["demonstrations", "comparisons", "rankings", "judgements", "prompts"]
 PEEK = 20

@@ -5,9 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
-
-import numpy as np
+from typing import TYPE_CHECKING, TypeVar
 
 from prefopt.bench.worlds.replies.language import (
     ANSWERS,
@@ -24,6 +22,12 @@ from prefopt.bench.worlds.replies.language import (
     Kind,
     Request,
 )
+from prefopt.lazy import lazy_import
+
+if TYPE_CHECKING:
+    import numpy as np
+else:
+    np = lazy_import("numpy")
 
 T = TypeVar("T")
 

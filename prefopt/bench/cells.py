@@ -1,0 +1,146 @@
+"""What a worker process does: train one run, or measure one cell. Plain data in, plain data out."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from collections.abc import Sequence as List
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field, NonNegativeInt, PositiveInt
+
+from prefopt.bench.stats import best_of_n_kl
+from prefopt.components import Sampler, Task
+from prefopt.config import DataConfig, run_from
+from prefopt.config.load import validated
+from prefopt.config.models import Section
+from prefopt.config.yaml import Document
+from prefopt.data.adapt import adapt
+from prefopt.data.render import Renderer
+from prefopt.engine.measure import Draws, Measured
+from prefopt.engine.models import Model, open_model
+from prefopt.engine.rollout import draw
+from prefopt.engine.services import EngineServices, RewardModel
+from prefopt.errors import PrefoptError
+from prefopt.plugins import Plugins, load
+from prefopt.rows import Prompt, Rollout, Row, show_text
+from prefopt.session import default_sampler, train
+
+SHOWN = 6
+"""Prompts whose replies a report shows."""
+
+_plugins: Plugins | None = None
+
+
+class Measurement(Section):
+    """What to measure: the model at `policy`, or the baseline with the reward model at `reward`."""
+
+    seed: NonNegativeInt
+    policy: str | None
+    baseline: str
+    reward: str | None = None
+    best_of: Annotated[int, Field(ge=2)] | None = None
+    tasks: tuple[Task, ...]
+    sampler: Sampler | None
+    prompts: PositiveInt
+    held_out: DataConfig
+
+
+def warm(allow: list[str] | None) -> None:
+    """Prepares a worker process: one thread, plugins loaded, no progress display of its own."""
+    global _plugins
+    torch.set_num_threads(1)
+    _plugins = load(allow)
+    _plugins.manager.unregister(name="prefopt:progress")
+
+
+def work(task: str) -> str:
+    """Carries out one task, `{"train": CONFIG}` or `{"measure": MEASUREMENT}`, as JSON; so is the answer."""
+    assert _plugins is not None, "the worker was not prepared"
+    request = json.loads(task)
+    try:
+        if "train" in request:
+            answer = _train(request["train"], _plugins)
+        else:
+            measurement = validated(Measurement, Document(request["measure"]), _plugins.find)
+            answer = measure(measurement, _plugins)
+    except PrefoptError as error:
+        answer = {"error": [str(problem) for problem in error.problems], "exit_code": error.exit_code}
+    return json.dumps(answer)
+
+
+def _train(config: Mapping[str, Any], plugins: Plugins) -> dict[str, Any]:
+    run = run_from(Document(dict(config)), plugins.find)
+    started = (Path(run.run.dir) / "run.json").exists()
+    result = train(run, plugins, resume=started)
+    return {"outcome": result.outcome}
+
+
+def measure(measurement: Measurement, plugins: Plugins) -> dict[str, Any]:
+    """Metrics, sample replies, and the tokens that sampling the answers took beyond one reply each."""
+    bench = _Bench(measurement, plugins)
+    subject = bench.subject()
+    metrics: dict[str, float] = {}
+    for task in measurement.tasks:
+        metrics |= task.evaluate(subject)
+    return {"metrics": metrics, "samples": _samples(subject), "sampled": bench.sampled, "scored": bench.scored}
+
+
+@dataclass
+class _Bench:
+    """The models of one measurement; `sampled` and `scored` count the tokens that best-of-n took."""
+
+    measurement: Measurement
+    plugins: Plugins
+    sampled: int = 0
+    scored: int = 0
+
+    def subject(self) -> Measured:
+        wanted = self.measurement
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        services = EngineServices(wanted.seed, device)
+        rows = list(wanted.held_out.source.open(services))
+        base = open_model(wanted.baseline, device)
+        renderer = Renderer(base.tokenizer, wanted.held_out.max_length, wanted.held_out.overflow)
+        baseline = self._draws(base, renderer, rows, "suite baseline")
+        if wanted.reward is None or wanted.best_of is None:
+            policy = open_model(wanted.policy or wanted.baseline, device)
+            draws = self._draws(policy, renderer, rows, "suite")
+            return Measured(rows, services, renderer, draws, baseline, policy, base)
+        reward = services.scorer(wanted.reward)
+        draws = self._best_of(self._draws(base, renderer, rows, "suite"), reward, wanted.best_of)
+        bound = best_of_n_kl(wanted.best_of)
+        return Measured(rows, services, renderer, draws, baseline, scorer=reward, bound=bound)
+
+    def _draws(self, model: Model, renderer: Renderer, rows: list[Row], purpose: str) -> Draws:
+        sampler = self.measurement.sampler or default_sampler(self.plugins)
+        prompts = adapt(rows[: self.measurement.prompts], Prompt)
+        return lambda n: draw(sampler.open(model), renderer, prompts, n, self.measurement.seed, purpose)
+
+    def _best_of(self, draws: Draws, reward: RewardModel, n: int) -> Callable[[int], list[Rollout]]:
+        """The completion with the highest reward of each n in turn."""
+
+        def best(count: int) -> list[Rollout]:
+            drawn = draws(count * n)
+            self.sampled += sum(len(c.ids or ()) for group in drawn for c in group.completions)
+            before = reward.tokens
+            scores = [[s.value for s in group] for group in reward(drawn)]
+            self.scored += reward.tokens - before
+            return [_winners(group, values, n) for group, values in zip(drawn, scores, strict=True)]
+
+        return best
+
+
+def _winners(group: Rollout, scores: List[float | None], n: int) -> Rollout:
+    known = [-math.inf if score is None else score for score in scores]  # an unscored reply never wins
+    best = [max(range(start, start + n), key=lambda i: known[i]) for start in range(0, len(known), n)]
+    return replace(group, completions=tuple(group.completions[i] for i in best))
+
+
+def _samples(subject: Measured) -> list[dict[str, str]]:
+    rollouts = subject.rollouts(1)[:SHOWN]
+    return [{"prompt": show_text(group.prompt), "reply": group.completions[0].text} for group in rollouts]

@@ -1,0 +1,32 @@
+"""What the harness contributes, through the same hooks as every plugin: worlds and measurements."""
+
+from prefopt.api import DataSource, Judge, RewardSource, Task, World, hookimpl
+from prefopt.bench.tasks import Divergence, GoldReward, Length, RewardQuality, WinRate
+from prefopt.bench.worlds.replies.annotators import Annotators
+from prefopt.bench.worlds.replies.gold import Gold
+from prefopt.bench.worlds.replies.world import Replies, RepliesData
+
+
+@hookimpl
+def prefopt_worlds() -> list[type[World]]:
+    return [Replies]
+
+
+@hookimpl
+def prefopt_datasets() -> list[type[DataSource]]:
+    return [RepliesData]
+
+
+@hookimpl
+def prefopt_rewards() -> list[type[RewardSource]]:
+    return [Gold]
+
+
+@hookimpl
+def prefopt_judges() -> list[type[Judge]]:
+    return [Annotators]
+
+
+@hookimpl
+def prefopt_tasks() -> list[type[Task]]:
+    return [GoldReward, WinRate, Divergence, Length, RewardQuality]

@@ -1,0 +1,106 @@
+"""Plots as coordinates; the template draws them as SVG, so that every label is escaped like all other text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from prefopt.bench.stats import Interval
+
+WIDTH, ROW, LEFT, RIGHT = 640, 30, 190, 24
+HEIGHT, BOTTOM, TOP = 340, 44, 16
+
+
+@dataclass(frozen=True)
+class Point:
+    """A method: its value, and where it is plotted against another."""
+
+    label: str
+    y: Interval
+    x: Interval | None = None
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A linear scale from values to pixels, with round ticks."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+
+    @classmethod
+    def over(cls, values: Sequence[float], start: float, end: float) -> Axis:
+        low, high = min(values), max(values)
+        pad = (high - low) * 0.08 or max(abs(high), 1.0) * 0.1
+        return cls(low - pad, high + pad, start, end)
+
+    def __call__(self, value: float) -> float:
+        share = (value - self.low) / (self.high - self.low)
+        return round(self.start + share * (self.end - self.start), 1)
+
+    def ticks(self, most: int = 6) -> list[tuple[float, str]]:
+        """Pixels and texts of at most `most` round numbers."""
+        raw = (self.high - self.low) / most
+        power = 10 ** math.floor(math.log10(raw))
+        step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= raw)
+        first = math.ceil(self.low / step)
+        count = math.floor(self.high / step) - first + 1
+        return [(self((first + i) * step), f"{(first + i) * step:g}") for i in range(count)]
+
+
+def _ends(interval: Interval) -> tuple[float, float]:
+    low = interval.mean if interval.low is None else interval.low
+    high = interval.mean if interval.high is None else interval.high
+    return low, high
+
+
+def forest(points: Sequence[Point]) -> dict[str, object]:
+    """One line for each method: a dot at the mean, a bar over the interval."""
+    if not points:
+        return {"rows": [], "ticks": [], "width": WIDTH, "height": 0}
+    axis = Axis.over([end for p in points for end in _ends(p.y)], LEFT, WIDTH - RIGHT)
+    rows = [
+        {
+            "label": p.label,
+            "y": TOP + ROW * i,
+            "low": axis(_ends(p.y)[0]),
+            "high": axis(_ends(p.y)[1]),
+            "mean": axis(p.y.mean),
+        }
+        for i, p in enumerate(points)
+    ]
+    return {"rows": rows, "ticks": axis.ticks(), "width": WIDTH, "height": TOP + ROW * len(points) + 24, "left": LEFT}
+
+
+def scatter(points: Sequence[Point]) -> dict[str, object]:
+    """Each method at (x, y) with a cross over both intervals."""
+    pairs = [(p, p.x) for p in points if p.x is not None]
+    if not pairs:
+        return {"points": [], "x_ticks": [], "y_ticks": [], "width": WIDTH, "height": 0}
+    left = 56
+    x_axis = Axis.over([end for _, x in pairs for end in _ends(x)], left, WIDTH - RIGHT)
+    y_axis = Axis.over([end for p, _ in pairs for end in _ends(p.y)], HEIGHT - BOTTOM, TOP)
+    marks = [
+        {
+            "label": p.label,
+            "x": x_axis(x.mean),
+            "y": y_axis(p.y.mean),
+            "left": x_axis(_ends(x)[0]),
+            "right": x_axis(_ends(x)[1]),
+            "bottom": y_axis(_ends(p.y)[0]),
+            "top": y_axis(_ends(p.y)[1]),
+            "anchor": "end" if x_axis(x.mean) > WIDTH * 0.7 else "start",
+        }
+        for p, x in pairs
+    ]
+    frame = {
+        "width": WIDTH,
+        "height": HEIGHT,
+        "left": left,
+        "right": WIDTH - RIGHT,
+        "bottom": HEIGHT - BOTTOM,
+        "top": TOP,
+    }
+    return {"points": marks, "x_ticks": x_axis.ticks(), "y_ticks": y_axis.ticks(), **frame}

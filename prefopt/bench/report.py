@@ -1,0 +1,252 @@
+"""The report of a suite: typed and versioned as JSON, readable as one HTML file without scripts, and as a table."""
+
+from __future__ import annotations
+
+import subprocess
+from base64 import b64encode
+from collections.abc import Mapping, Sequence
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Literal
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from pydantic import BaseModel, ConfigDict
+
+from prefopt.bench.plots import Point, forest, scatter
+from prefopt.bench.stats import FEWEST_SEEDS, Interval, t_interval
+from prefopt.config import SuiteConfig, dump, resolved
+from prefopt.registry import Registry
+
+HEADLINE = ("gold_reward", "win_rate", "kl_sequence", "length")
+TITLES = {"gold_reward": "gold reward", "win_rate": "win rate", "kl_sequence": "KL (nats)", "length": "tokens"}
+
+
+class _Typed(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Budget(_Typed):
+    """What a cell cost beyond its baseline. Seconds and memory vary between runs; tokens do not."""
+
+    tokens_forward: int
+    tokens_backward: int
+    tokens_sampled: int
+    seconds: float
+    peak_memory_bytes: int
+
+
+class Sample(_Typed):
+    """A reply to a held-out prompt."""
+
+    prompt: str
+    reply: str
+
+
+class CellResult(_Typed):
+    """One method x seed x setting, measured."""
+
+    algorithm: str
+    label: str
+    seed: int
+    settings: dict[str, Any]
+    metrics: dict[str, float]
+    budget: Budget
+    versions: dict[str, str]
+    commit: str = ""
+    run: str
+    samples: list[Sample] = []
+
+
+class Summary(_Typed):
+    """A method in one setting, over seeds."""
+
+    algorithm: str
+    label: str
+    settings: dict[str, Any]
+    n: int
+    metrics: dict[str, Interval]
+    budget: dict[str, float]
+
+
+class Failure(_Typed):
+    """A run or measurement that failed, and why."""
+
+    title: str
+    problem: str
+
+
+class Report(_Typed):
+    """A suite, measured. `version` changes when a field changes its meaning."""
+
+    version: Literal[1] = 1
+    suite: str
+    commit: str
+    seeds: list[int]
+    configuration: dict[str, Any]
+    summary: list[Summary]
+    cells: list[CellResult]
+    failures: list[Failure] = []
+
+    def comparable(self) -> dict[str, Any]:
+        """What two runs of the same suite must agree on, byte for byte: all but seconds and memory."""
+        vary = {"seconds", "peak_memory_bytes"}
+        return self.model_dump(exclude={"cells": {"__all__": {"budget": vary}}, "summary": {"__all__": {"budget"}}})
+
+
+def build_report(
+    suite: SuiteConfig, cells: Sequence[CellResult], failures: Sequence[Failure], registry: Registry
+) -> Report:
+    """Cells with the commit they were made at, and their summary over seeds."""
+    commit = commit_of(Path(registry.find("algorithm", "sft").source).parent)
+    signed = [cell.model_copy(update={"commit": commit}) for cell in cells]
+    return Report(
+        suite=suite.name,
+        commit=commit,
+        seeds=list(suite.seeds),
+        configuration=resolved(suite),
+        summary=[_summary(group) for group in _groups(signed)],
+        cells=signed,
+        failures=list(failures),
+    )
+
+
+def commit_of(folder: Path) -> str:
+    """The git commit of the code in `folder`, with `+` when it was changed since; empty outside a checkout."""
+
+    def git(*arguments: str) -> str:
+        command = ("git", "-C", str(folder), *arguments)
+        found = subprocess.run(command, capture_output=True, text=True, check=False, timeout=20)
+        return found.stdout.strip() if found.returncode == 0 else ""
+
+    try:
+        head = git("rev-parse", "HEAD")
+        return f"{head}+" if head and git("status", "--porcelain") else head
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+
+
+def _groups(cells: Sequence[CellResult]) -> list[list[CellResult]]:
+    groups: dict[str, list[CellResult]] = {}
+    for cell in cells:
+        groups.setdefault(repr((cell.label, cell.settings)), []).append(cell)
+    return list(groups.values())
+
+
+def _summary(cells: Sequence[CellResult]) -> Summary:
+    first = cells[0]
+    names = [name for name in first.metrics if all(name in cell.metrics for cell in cells)]
+    budgets = [cell.budget.model_dump() for cell in cells]
+    return Summary(
+        algorithm=first.algorithm,
+        label=first.label,
+        settings=first.settings,
+        n=len(cells),
+        metrics={name: t_interval([cell.metrics[name] for cell in cells]) for name in names},
+        budget={name: sum(b[name] for b in budgets) / len(budgets) for name in budgets[0]},
+    )
+
+
+# --- as a table ------------------------------------------------------------------------------------------------------
+
+
+def table(report: Report) -> list[str]:
+    """The headline metrics with their intervals, aligned for a terminal."""
+    header = ["method", *(TITLES[name] for name in HEADLINE), "tokens trained", "sampled", "seconds"]
+    rows = [header, *(_row(summary) for summary in report.summary)]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return [lines[0], "-" * len(lines[0]), *lines[1:], "", *notes(report)]
+
+
+def _row(summary: Summary) -> list[str]:
+    cells = [shown(summary.metrics.get(name)) for name in HEADLINE]
+    budget = summary.budget
+    tokens = [f"{budget['tokens_backward']:,.0f}", f"{budget['tokens_sampled']:,.0f}"]
+    return [name_of(summary), *cells, *tokens, f"{budget['seconds']:.0f}"]
+
+
+def name_of(summary: Summary) -> str:
+    """The label with the settings of the axes."""
+    settings = ", ".join(f"{key}={value}" for key, value in summary.settings.items())
+    return f"{summary.label} ({settings})" if settings else summary.label
+
+
+def shown(interval: Interval | None) -> str:
+    """A mean with its interval.
+
+    >>> shown(Interval(mean=1.5, low=1.2, high=1.8))
+    '1.50 [1.20, 1.80]'
+    """
+    if interval is None:
+        return "-"
+    if interval.low is None or interval.high is None:
+        return f"{interval.mean:.2f}"
+    return f"{interval.mean:.2f} [{interval.low:.2f}, {interval.high:.2f}]"
+
+
+def notes(report: Report) -> list[str]:
+    """What a reader must know to read the numbers."""
+    seeds = len(report.seeds)
+    spread = f"mean over {seeds} seeds [95 % interval, Student t]" if seeds >= FEWEST_SEEDS else "single run"
+    baseline = report.configuration["baseline"]
+    lines = [f"{spread}; win rate and KL are against `{baseline}`, whose own cost is not counted."]
+    if any(method.get("best_of") for method in report.configuration["methods"]):
+        lines.append("KL of best-of-n is the upper bound log n - (n - 1)/n; it samples n replies for each answer.")
+    return lines
+
+
+# --- as a page -------------------------------------------------------------------------------------------------------
+
+
+def to_html(report: Report) -> str:
+    """One self-contained page: no script, no remote asset, everything escaped."""
+    environment = Environment(
+        loader=PackageLoader("prefopt.bench"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    environment.filters.update(shown=shown, name_of=name_of, plain=printable)
+    style = environment.get_template("report.css").render()
+    style_hash = b64encode(sha256(style.encode()).digest()).decode()
+    headline = [(name, TITLES[name]) for name in HEADLINE]
+    gold = [Point(name_of(s), s.metrics["gold_reward"]) for s in report.summary if "gold_reward" in s.metrics]
+    frontier = [
+        Point(name_of(s), s.metrics["gold_reward"], s.metrics["kl_sequence"])
+        for s in report.summary
+        if {"gold_reward", "kl_sequence"} <= s.metrics.keys()
+    ]
+    page = environment.get_template("report.html")
+    return page.render(
+        report=report,
+        style_hash=style_hash,
+        headline=headline,
+        notes=notes(report),
+        others=_other_metrics(report),
+        forest=forest(gold),
+        scatter=scatter(frontier),
+        replies=_side_by_side(report),
+        configuration=dump(report.configuration),
+    )
+
+
+def _other_metrics(report: Report) -> list[str]:
+    names = dict.fromkeys(name for summary in report.summary for name in summary.metrics)
+    return [name for name in names if name not in HEADLINE]
+
+
+def _side_by_side(report: Report) -> list[tuple[str, list[tuple[str, str]]]]:
+    """The prompts of the first seed, each with the reply of every method."""
+    cells = [cell for cell in report.cells if cell.seed == report.seeds[0]]
+    prompts = [sample.prompt for sample in cells[0].samples] if cells else []
+    replies: Mapping[tuple[str, str], str] = {
+        (sample.prompt, cell.label): sample.reply for cell in cells for sample in cell.samples
+    }
+    labels = list(dict.fromkeys(cell.label for cell in cells))
+    return [(p, [(label, replies[p, label]) for label in labels if (p, label) in replies]) for p in prompts]
+
+
+def printable(text: str) -> str:
+    """Text with control and direction-changing characters spelled out, so that a page shows what is really there.
+
+    >>> printable("a\\u202eb")
+    'a\\\\u202eb'
+    """
+    return "".join(c if c.isprintable() or c == "\n" else f"\\u{ord(c):04x}" for c in text)

@@ -1,0 +1,141 @@
+"""The harness's own measurements, as components like any plugin's."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from collections.abc import Sequence as List
+from statistics import fmean
+
+from pydantic import PositiveInt
+
+from prefopt.api import Comparison, ConfigError, RewardSource, Rollout, Score, Subject, Task
+from prefopt.bench.stats import calibration_error
+
+
+class GoldReward(Task):
+    """Mean reward of sampled replies, and of each named part of it."""
+
+    name = "gold_reward"
+
+    reward: RewardSource
+    """What to score with."""
+    samples: PositiveInt = 1
+    """Replies for each prompt."""
+
+    def evaluate(self, subject: Subject) -> Mapping[str, float]:
+        scores = _flat(subject.reward(self.reward)(subject.rollouts(self.samples)))
+        parts = {f"gold_reward/{part}": fmean(s.parts[part] for s in scores) for part in scores[0].parts}
+        return {"gold_reward": fmean(_value(s) for s in scores), **parts}
+
+
+class WinRate(Task):
+    """Share of replies that score higher than the baseline's reply to the same prompt; a tie is half a win."""
+
+    name = "win_rate"
+
+    reward: RewardSource
+    """What to score with."""
+    samples: PositiveInt = 1
+    """Replies for each prompt."""
+
+    def evaluate(self, subject: Subject) -> Mapping[str, float]:
+        score = subject.reward(self.reward)
+        ours, theirs = (_flat(score(r)) for r in (subject.rollouts(self.samples), subject.baseline(self.samples)))
+        wins = [_half_step(_value(a) - _value(b)) for a, b in zip(ours, theirs, strict=True)]
+        return {"win_rate": fmean(wins)}
+
+
+class Divergence(Task):
+    """KL divergence from the baseline, estimated on samples of the model: for a whole reply and for a token of it."""
+
+    name = "kl"
+    paper = "The plain Monte-Carlo estimator (k1 in J. Schulman's note); for best-of-n the bound of arXiv:2401.01879"
+
+    samples: PositiveInt = 1
+    """Replies for each prompt."""
+
+    def evaluate(self, subject: Subject) -> Mapping[str, float]:
+        bound = subject.kl_bound()
+        if bound is not None:
+            return {"kl_sequence": bound}
+        rollouts = subject.rollouts(self.samples)
+        ratios = subject.log_ratios(rollouts)
+        if ratios is None:
+            return {}
+        flat = [ratio for group in ratios for ratio in group]
+        tokens = [len(c.ids or ()) for group in rollouts for c in group.completions]
+        return {"kl_sequence": fmean(flat), "kl_token": sum(flat) / max(sum(tokens), 1)}
+
+
+class Length(Task):
+    """Mean number of tokens in a reply, and the share of replies that ended by themselves."""
+
+    name = "length"
+
+    samples: PositiveInt = 1
+    """Replies for each prompt."""
+
+    def evaluate(self, subject: Subject) -> Mapping[str, float]:
+        drawn = [c for group in subject.rollouts(self.samples) for c in group.completions]
+        return {"length": fmean(len(c.ids or ()) for c in drawn), "finished": fmean(c.finished for c in drawn)}
+
+
+class RewardQuality(Task):
+    """How well a reward model predicts held-out comparisons: accuracy and calibration against the labels, and agreement
+    with a reference reward."""
+
+    name = "reward_quality"
+
+    reward: RewardSource | None = None
+    """A reward to agree with, such as a world's gold reward; pairs it calls equal are left out."""
+
+    def evaluate(self, subject: Subject) -> Mapping[str, float]:
+        rows = [row for row in subject.rows if isinstance(row, Comparison)]
+        scores = subject.scores(_as_rollouts(rows))
+        if scores is None:
+            return {}
+        if not rows:
+            raise ConfigError("task `reward_quality` needs held-out comparisons")
+        margins = [a - b for a, b in scores]
+        chances = [1 / (1 + math.exp(-m)) if m > -700 else 0.0 for m in margins]
+        labels = [row.preference for row in rows]
+        metrics = {
+            "reward_accuracy": _accuracy(margins, [label - 0.5 for label in labels]),
+            "reward_ece": calibration_error(*_both_ways(chances, labels)),
+            "reward_brier": fmean((p - y) ** 2 for p, y in zip(chances, labels, strict=True)),
+        }
+        if self.reward is not None:
+            gold = subject.reward(self.reward)(_as_rollouts(rows))
+            metrics["gold_agreement"] = _accuracy(margins, [_value(a) - _value(b) for a, b in gold])
+        return metrics
+
+
+def _as_rollouts(rows: List[Comparison]) -> list[Rollout]:
+    return [Rollout(prompt=r.prompt, index=r.index, extra=r.extra, completions=(r.chosen, r.rejected)) for r in rows]
+
+
+def _accuracy(margins: List[float], truth: List[float]) -> float:
+    """Share of pairs with the right sign, a zero margin counting one half; pairs without a truth are left out."""
+    told = [(m, t) for m, t in zip(margins, truth, strict=True) if t != 0]
+    return fmean(_half_step(m * math.copysign(1, t)) for m, t in told) if told else math.nan
+
+
+def _both_ways(chances: List[float], labels: List[float]) -> tuple[list[float], list[float]]:
+    """Each pair seen from both sides: which side is called chosen carries no information about calibration."""
+    return [*chances, *(1 - p for p in chances)], [*labels, *(1 - y for y in labels)]
+
+
+def _half_step(x: float) -> float:
+    return 0.5 if x == 0 else float(x > 0)
+
+
+def _flat(scores: List[List[Score]]) -> list[Score]:
+    return [score for group in scores for score in group]
+
+
+def _value(score: Score) -> float:
+    """The number of a score. A missing one stops the measurement: it is never taken for 0."""
+    if score.value is None:
+        raise ConfigError(f"a reply could not be scored: {score.reason}")
+    return score.value

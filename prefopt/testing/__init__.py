@@ -1,0 +1,23 @@
+"""For plugin authors' tests: `test_conformance = conformance(MyMethod)` checks every promise the engine relies on.
+
+`check_algorithm(cls)` does the same outside pytest. Installing prefopt also gives pytest the fixtures `tiny_model` and
+`train_tiny` (see `prefopt.testing.pytest_plugin`).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from prefopt.testing.kit import ConformanceFailure, check_algorithm, conformance
+
+__all__ = ["ConformanceFailure", "check_algorithm", "conformance"]
+
+
+def __getattr__(name: str) -> Any:
+    """Loads the kit when it is first used: pytest imports this package in every environment that has prefopt."""
+    if name not in __all__:
+        raise AttributeError(name)
+    from prefopt.testing import kit
+
+    return getattr(kit, name)
