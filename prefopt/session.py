@@ -291,6 +291,7 @@ class Session:
         _, saved = found
         loop.progress = Progress(**saved.state)
         loop.forwarder.meter = Meter(**loop.progress.meter)
+        loop.assembler.counts.clear()
         loop.assembler.counts.update(loop.progress.counts)
         loop.state.update(saved.tensors.get("algorithm", {}))
         checkpoints.load_tied(loop.scorer, saved.tensors["model"])
@@ -303,7 +304,7 @@ class Session:
         """Exports the model and says how the run went."""
         progress, budget = loop.progress, loop.snapshot()["meter"]
         facts = {"outcome": outcome, "steps": progress.step, "updates": progress.updates, "skipped": progress.skipped}
-        facts |= {"budget": budget, "rows": dict(loop.assembler.counts)}
+        facts |= {"budget": budget, "rows": progress.counts}
         if self._keeps_best:
             facts |= {"best_step": progress.best_step, "best": progress.best}
         if self.ranks.main:

@@ -54,7 +54,7 @@ def _coupled(algorithm: Algorithm, forwarder: Forwarder, built: Assembled, micro
         rows = torch.tensor(micro.index)
         parts = [(live[name] * _cut(slope[rows], live[name])).sum() for name, slope in used.items()]
         _differentiate(torch.stack(parts).sum(), micro, forwarder, algorithm)
-    return {"loss/total": float(loss.value), **{name: float(x) for name, x in loss.metrics.items()}}
+    return {name: x.detach().item() for name, x in {"loss/total": loss.value, **loss.metrics}.items()}
 
 
 def _cut(x: Tensor, like: Tensor) -> Tensor:

@@ -51,7 +51,7 @@ def save(root: Path, step: int, checkpoint: Checkpoint) -> Path:
         files = {
             path.name: {"sha256": digest(path), "bytes": path.stat().st_size} for path in sorted(partial.iterdir())
         }
-        _write_json(partial / MANIFEST, {"schema": SCHEMA, "step": step, "files": files})
+        _write_json(partial / MANIFEST, _signed({"schema": SCHEMA, "step": step, "files": files}))
         for path in (*partial.iterdir(), partial):
             _sync(path)
         if final.exists():
@@ -82,6 +82,8 @@ def load(folder: Path) -> tuple[int, Checkpoint]:
         raise ResourceError(
             f"the checkpoint has format {manifest['schema']}, this prefopt reads format {SCHEMA}", where=str(folder)
         )
+    if manifest != _signed({key: manifest[key] for key in ("schema", "step", "files")}):
+        raise ValueError(f"{folder / MANIFEST} was changed")
     for name, facts in manifest["files"].items():
         if digest(folder / name) != facts["sha256"]:
             raise ValueError(f"{folder / name} differs from its manifest")
@@ -110,6 +112,11 @@ def digest(path: Path) -> str:
         while block := file.read(1 << 20):
             total.update(block)
     return total.hexdigest()
+
+
+def _signed(manifest: dict[str, Any]) -> dict[str, Any]:
+    """The manifest with a sum of its own."""
+    return {**manifest, "sha256": sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()}
 
 
 def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -145,5 +145,5 @@ class Loop:
     def snapshot(self) -> dict[str, Any]:
         """Everything else a checkpoint holds."""
         self.progress.meter = asdict(self.forwarder.meter)
-        self.progress.counts = dict(self.assembler.counts)
+        self.progress.counts = {name: n for name, n in sorted(self.assembler.counts.items()) if n}
         return asdict(self.progress)

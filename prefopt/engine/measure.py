@@ -62,11 +62,9 @@ class Measured:
         tokens: list[Tokens] = []
         for group in rollouts:
             tokens += [self.renderer.tokens(group.prompt, completion) for completion in group.completions]
-        order = sorted(range(len(tokens)), key=lambda i: len(tokens[i]))
-        found = Resident(Module(model.network), model.device, TOKEN_BUDGET).logps([tokens[i] for i in order])
-        sums = dict(zip(order, (float(x.double().sum()) for x in found), strict=True))
-        places = iter(range(len(tokens)))
-        return [[sums[next(places)] for _ in group.completions] for group in rollouts]
+        found = Resident(Module(model.network), model.device, TOKEN_BUDGET).logps(tokens)
+        sums = iter([float(x.double().sum()) for x in found])
+        return [[next(sums) for _ in group.completions] for group in rollouts]
 
     def kl_bound(self) -> float | None:
         return self.bound

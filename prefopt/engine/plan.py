@@ -27,6 +27,8 @@ def plan(lengths: Sequence[int], groups: Sequence[int], budget: int, world: int 
     for i, group in enumerate(groups):
         members.setdefault(group, []).append(i)
     whole = sorted(members.values(), key=lambda index: max(lengths[i] for i in index))
+    if not whole:
+        return [[] for _ in range(world)]
     ranks = [_pack(whole[rank::world], lengths, budget) for rank in range(world)]
     most = max(map(len, ranks))
     idle = Micro(tuple(whole[0]), idle=True)

@@ -89,12 +89,12 @@ class Resident:
 
     @torch.no_grad()
     def logps(self, tokens: Sequence[Tokens]) -> list[Tensor]:
-        kept: list[Tensor] = []
+        kept: dict[int, Tensor] = {}
         for micro in plan(list(map(len, tokens)), range(len(tokens)), self.budget)[0]:
             part = [tokens[i] for i in micro.index]
             found = run(self.scorer, part, ("logps",), self.device, self.dtype)["logps"].cpu()
-            kept += [found[i, : len(t.completion)] for i, t in enumerate(part)]
-        return kept
+            kept.update({i: found[k, : len(tokens[i].completion)] for k, i in enumerate(micro.index)})
+        return [kept[i] for i in range(len(tokens))]
 
     def cost(self, tokens: Sequence[Tokens]) -> int:
         return sum(map(len, tokens))

@@ -64,10 +64,7 @@ class RewardModel:
     def _scores(self, tokens: List[Tokens]) -> list[float]:
         self.tokens += sum(map(len, tokens))
         scores: dict[int, float] = {}
-        order = sorted(range(len(tokens)), key=lambda i: len(tokens[i]))
-        lengths = [len(tokens[i]) for i in order]
-        for micro in plan(lengths, range(len(order)), TOKEN_BUDGET)[0] if tokens else []:
-            index = [order[i] for i in micro.index]
-            found = run(self.module, [tokens[i] for i in index], ("scores",), self.device)["scores"]
-            scores.update(zip(index, found.tolist(), strict=True))
+        for micro in plan(list(map(len, tokens)), range(len(tokens)), TOKEN_BUDGET)[0]:
+            found = run(self.module, [tokens[i] for i in micro.index], ("scores",), self.device)["scores"]
+            scores.update(zip(micro.index, found.tolist(), strict=True))
         return [scores[i] for i in range(len(tokens))]

@@ -46,20 +46,19 @@ def build_tiny(folder: Path, seed: int = 0, **config: Any) -> None:
 
 def tiny_rows(kind: str, size: int = ROWS) -> list[dict[str, Any]]:
     """Rows of a kind (`demonstration`, `comparison`, `ranking`, `judgement`) as JSON: counting beats repeating."""
-    rows: list[dict[str, Any]] = []
-    for i in range(size):
-        start, count = i % 7, 2 + i % 4
-        good, bad = (" ".join(map(str, items)) for items in (range(start, start + count), [start] * count))
-        prompt = f"count from {start}: "
-        rows.append(
-            {
-                "demonstration": {"prompt": prompt, "completion": good},
-                "comparison": {"prompt": prompt, "chosen": good, "rejected": bad, "margin": count / 2},
-                "ranking": {"prompt": prompt, "completions": [bad, good, bad + "!"], "ranks": [1, 0, 2]},
-                "judgement": {"prompt": prompt, "completion": (good, bad)[i % 2], "label": i % 2 == 0},
-            }[kind]
-        )
-    return rows
+    return [_tiny_row(kind, i % 7, 2 + i % 4, i % 2 == 0) for i in range(size)]
+
+
+def _tiny_row(kind: str, start: int, count: int, desirable: bool) -> dict[str, Any]:
+    prompt = {"prompt": f"count from {start}: "}
+    good, bad = (" ".join(map(str, items)) for items in (range(start, start + count), [start] * count))
+    if kind == "demonstration":
+        return {**prompt, "completion": good}
+    if kind == "comparison":
+        return {**prompt, "chosen": good, "rejected": bad, "margin": count / 2}
+    if kind == "ranking":
+        return {**prompt, "completions": [bad, good, bad + "!"], "ranks": [1, 0, 2]}
+    return {**prompt, "completion": good if desirable else bad, "label": desirable}
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:

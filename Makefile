@@ -1,0 +1,54 @@
+# make quickstart   set up, compare methods on this machine, print the table and the report's path
+# make test         set up, check, test
+# make check        format, lint, types, layers, docs in sync
+# make test-slow    the tests that do not fit into make test
+# make docs         write the generated pages of docs/ again
+# make clean        remove the environment and caches
+
+PYTHON ?= python3
+BIN := .venv/bin
+PLUGINS := $(patsubst %/pyproject.toml,%,$(filter-out plugins/_template/%,$(wildcard plugins/*/pyproject.toml)))
+SETUP := .venv/.done
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+WORKERS ?= 2
+export OMP_NUM_THREADS ?= 1
+export TOKENIZERS_PARALLELISM := false
+export HF_HUB_OFFLINE := 1
+
+.PHONY: quickstart test check test-slow docs clean setup
+
+quickstart: $(SETUP)
+	@$(BIN)/prefopt bench run benchmarks/suites/quickstart.yaml --out runs/quickstart
+
+setup: $(SETUP)
+
+$(SETUP): pyproject.toml constraints.txt $(addsuffix /pyproject.toml,$(PLUGINS))
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "prefopt needs Python 3.11 or newer; set PYTHON=...")'
+	@echo "setting up .venv (a few minutes, once)"
+	@$(PYTHON) -m venv .venv
+	@$(PIP) hatchling editables
+	@$(PIP) --no-build-isolation --editable ".[dev]" $(addprefix --editable ./,$(PLUGINS))
+	@touch $@
+
+check: $(SETUP)
+	@$(BIN)/ruff format --quiet --check .
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/mypy --no-error-summary
+	@$(BIN)/lint-imports --no-logo > .venv/layers.txt || (cat .venv/layers.txt; false)
+	@$(BIN)/python docs/generate.py --check
+
+test: $(SETUP)
+	@began=$$(date +%s); \
+	$(MAKE) --no-print-directory check && rm -f .coverage .coverage.* && \
+	$(BIN)/coverage run -m pytest -n $(WORKERS) --dist worksteal && \
+	$(BIN)/coverage combine --quiet && $(BIN)/coverage report --skip-covered --fail-under=90; \
+	status=$$?; echo "make test: $$(( $$(date +%s) - began )) s"; exit $$status
+
+test-slow: $(SETUP)
+	@$(BIN)/python -m pytest -m slow -n $(WORKERS)
+
+docs: $(SETUP)
+	@$(BIN)/python docs/generate.py
+
+clean:
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .coverage .coverage.*

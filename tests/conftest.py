@@ -1,0 +1,37 @@
+"""Shared fixtures. Tests use real components, small models and files in temporary folders; nothing reaches the network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from prefopt.config import RunConfig, run_from
+from prefopt.config.yaml import parse
+from prefopt.plugins import Plugins, load
+
+
+@pytest.fixture(scope="session")
+def plugins() -> Plugins:
+    """Everything installed, without the progress display."""
+    found = load()
+    found.manager.unregister(name="prefopt:progress")
+    return found
+
+
+@pytest.fixture
+def run_config(plugins: Plugins) -> Callable[[str], RunConfig]:
+    """A run configuration from YAML text."""
+    return lambda text: run_from(parse(text, "run.yaml"), plugins.find)
+
+
+@pytest.fixture
+def shared() -> Path:
+    """The folder of real data and models; tests that need it skip where it is not."""
+    import os
+
+    root = Path(os.environ.get("PREFOPT_DATA", Path(__file__).parents[2] / "shared"))
+    if not root.is_dir():
+        pytest.skip(f"no real data at {root}; set PREFOPT_DATA")
+    return root

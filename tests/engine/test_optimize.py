@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from prefopt.config import OptimConfig
+from prefopt.engine.optimize import Optimizer, learning_rate
+
+
+def rates(total: int = 10, **settings) -> list[float]:
+    config = OptimConfig(lr=1.0, **settings)
+    return [learning_rate(config, update, total) for update in range(total)]
+
+
+def test_schedules():
+    assert rates(schedule="constant") == [1.0] * 10
+    assert rates(schedule="linear") == pytest.approx([1 - i / 10 for i in range(10)])
+    cosine = rates(schedule="cosine")
+    assert (cosine[0], cosine[5]) == (1.0, pytest.approx(0.5))
+    assert rates(schedule="linear", final_lr=0.35)[-1] == 0.35
+
+
+def test_warm_up_rises_to_the_peak_and_does_not_start_at_zero():
+    assert rates(schedule="constant", warmup=0.4)[:5] == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0])
+
+
+def module() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.LayerNorm(2))
+
+
+def step(net: torch.nn.Module, optimizer: Optimizer, rate: float = 0.1) -> None:
+    net(torch.ones(1, 3)).square().sum().backward()
+    optimizer.step(rate)
+    optimizer.clear()
+
+
+def test_weight_decay_touches_matrices_only():
+    net = module()
+    before = {name: p.detach().clone() for name, p in net.named_parameters()}
+    optimizer = Optimizer(net, OptimConfig(lr=0.1, weight_decay=0.5))
+    for p in net.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step(0.1)
+    for name, p in net.named_parameters():
+        factor = 0.95 if p.dim() >= 2 else 1.0
+        assert torch.allclose(p, before[name] * factor, atol=1e-7), name
+
+
+def test_clipping_returns_the_norm_and_scales_down_to_the_limit():
+    net = module()
+    optimizer = Optimizer(net, OptimConfig(max_grad_norm=0.5))
+    for p in net.parameters():
+        p.grad = torch.ones_like(p)
+    size = sum(p.numel() for p in net.parameters())
+    assert float(optimizer.clip()) == pytest.approx(size**0.5)
+    total = sum(float(p.grad.square().sum()) for p in net.parameters())
+    assert total**0.5 == pytest.approx(0.5, rel=1e-4)
+
+
+def test_no_limit_leaves_gradients_alone():
+    net = module()
+    for p in net.parameters():
+        p.grad = torch.full_like(p, 100.0)
+    Optimizer(net, OptimConfig(max_grad_norm=None)).clip()
+    assert all(bool((p.grad == 100).all()) for p in net.parameters())
+
+
+def test_state_goes_to_flat_names_and_back():
+    one, two = module(), module()
+    first, second = (Optimizer(net, OptimConfig()) for net in (one, two))
+    step(one, first)
+    two.load_state_dict(one.state_dict())
+    state = {name: x.clone() for name, x in first.state().items()}
+    assert "0.weight.exp_avg" in state
+    second.load(state)
+    step(one, first)
+    step(two, second)
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))

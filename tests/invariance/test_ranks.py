@@ -1,0 +1,66 @@
+"""Two processes over gloo give the numbers of one."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from prefopt.config import dump, resolved
+from prefopt.plugins import load
+from prefopt.session import train
+from prefopt.testing.tiny import tiny_config
+
+RUNS = {
+    "sft": {"algorithm": {"name": "sft"}, "eval": {"every": 3, "rows": 4, "samples": 2}},
+    "reward_model": {"algorithm": {"name": "reward_model", "centre": 0.01}},
+    "dpo": {"algorithm": {"name": "dpo"}, "eval": {"every": 3, "rows": 4}},
+    "dpo-resident": {"algorithm": {"name": "dpo"}, "reference": {"mode": "resident"}},
+    "dpo-odd": {"algorithm": {"name": "dpo"}, "optim": {"batch_size": 5, "token_budget": 60, "lr": 1e-3}},  # ranks with idle turns
+}
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_model, tmp_path_factory) -> Path:
+    """Every run once alone and once on two ranks, in `one/NAME` and `two/NAME`."""
+    root = tmp_path_factory.mktemp("ranks")
+    plugins = load()
+    plugins.manager.unregister(name="prefopt:progress")
+    files = []
+    for name, sections in RUNS.items():
+        settings = {"steps": 7, "checkpoint": {"every": 4}}
+        sections = {"optim": {"lr": 1e-3}, **sections}  # AdamW turns rounding of tiny gradients into steps of size lr
+        train(tiny_config(tiny_model, root / "one" / name, {**sections, "run": settings}, plugins), plugins)
+        config = tiny_config(tiny_model, root / "two" / name, {**sections, "run": settings}, plugins)
+        path = root / f"{name}.yaml"
+        path.write_text(dump(resolved(config)))
+        files.append(str(path))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    script = str(Path(__file__).parent / "train_all.py")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([*launch, "--standalone", script, *files], check=True, env=environment, timeout=300)
+    return root
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_weights_and_metrics_agree(trained, name):
+    one, two = trained / "one" / name, trained / "two" / name
+    alone, together = (load_file(folder / "model/model.safetensors") for folder in (one, two))
+    assert alone.keys() == together.keys()
+    for key, x in alone.items():
+        assert (x - together[key]).abs().max() <= 1e-5, key
+    lines = [[json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()] for f in (one, two)]
+    assert len(lines[0]) == len(lines[1]) >= 7
+    for a, b in zip(*lines, strict=True):
+        assert b == pytest.approx(a, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_what_is_counted_does_not_depend_on_ranks(trained, name):
+    one, two = (json.loads((trained / kind / name / "result.json").read_text()) for kind in ("one", "two"))
+    assert one == two
