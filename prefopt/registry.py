@@ -105,7 +105,7 @@ def field_docs(cls: type[Any]) -> dict[str, str]:
     docs: dict[str, str] = {}
     for base in reversed(cls.__mro__):
         docs.update(_own_field_docs(base))
-    return docs
+    return {name: text for name, text in docs.items() if name in cls.model_fields}
 
 
 @cache

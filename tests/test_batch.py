@@ -82,7 +82,9 @@ def test_weights_multiply_and_do_not_change_the_count():
     assert float(batch.mean(torch.tensor([2.0, 5.0]), "groups")) == 3.0
 
 
-@pytest.mark.parametrize(("unit", "shape"), [("tokens", (4,)), ("sequences", (4, 3)), ("pairs", (4,)), ("groups", (3,))])
+@pytest.mark.parametrize(
+    ("unit", "shape"), [("tokens", (4,)), ("sequences", (4, 3)), ("pairs", (4,)), ("groups", (3,))]
+)
 def test_a_shape_that_does_not_fit_its_unit_is_refused(unit, shape):
     with pytest.raises(PluginError, match="needs shape"):
         PAIRS.mean(torch.ones(shape), unit)

@@ -143,8 +143,10 @@ class _Written:
     def homes(self) -> dict[str, list[str]]:
         """The keys of each section, the algorithm's among them."""
         homes = {name: _keys(m) for name, f in RunConfig.model_fields.items() for m in _models_in(f.annotation)[:1]}
-        with suppress(PrefoptError, TypeError, KeyError):
-            homes["algorithm"] = _keys(self.find("algorithm", self.document.data["algorithm"]["name"]))
+        name = self.document.at("algorithm", "name").data
+        if isinstance(name, str):
+            with suppress(PrefoptError):
+                homes["algorithm"] = _keys(self.find("algorithm", name))
         return homes
 
 

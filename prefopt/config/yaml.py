@@ -149,13 +149,14 @@ class _Reader:
     def mapping(self, node: MappingNode, path: Keys, depth: int) -> dict[str, Any]:
         out: dict[str, Any] = {}
         for key_node, value_node in node.value:
+            if key_node.value == "<<":
+                self.refuse(key_node, "merge keys are not YAML 1.2", "Write the keys out, or use overrides.")
+                continue
             key = self.scalar(key_node) if isinstance(key_node, ScalarNode) else None
             if not isinstance(key, str):
                 self.refuse(key_node, "a key must be text", "Quote it." if isinstance(key, int | float | bool) else "")
             elif key in out:
                 self.refuse(key_node, f"`{key}` is written twice")
-            elif key == "<<":
-                self.refuse(key_node, "merge keys are not YAML 1.2", "Write the keys out, or use overrides.")
             else:
                 self.places[*path, key] = self.place(key_node)
                 out[key] = self.value(value_node, (*path, key), depth + 1)

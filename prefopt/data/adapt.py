@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from itertools import combinations
 from typing import Any, Final
 
@@ -152,10 +152,3 @@ ADAPTERS: Final[Mapping[tuple[type[Row], type[Row]], Callable[[Any], list[Row]]]
     (Rollout, Demonstration): _rollout_to_demonstration,
     **{(kind, Prompt): _to_prompt for kind in (Demonstration, Comparison, Ranking, Judgement, Rollout)},
 }
-
-
-def one_kind(rows: Sequence[Row]) -> type[Row]:
-    """The kind of the rows. Raises `DataError` when there are none."""
-    if not rows:
-        raise DataError("the data source has no rows")
-    return type(rows[0])

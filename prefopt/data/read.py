@@ -58,7 +58,7 @@ def _lines(path: Path) -> Iterator[bytes]:
 
 def _record(line: bytes) -> dict[str, Any]:
     try:
-        data = json.loads(line.decode("utf-8-sig"), object_pairs_hook=_unique)
+        data = json.loads(line.decode("utf-8-sig").rstrip(), object_pairs_hook=_unique)
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8: {error.reason} at byte {error.start}") from None
     except RecursionError:

@@ -72,5 +72,5 @@ def judge(metrics: dict[str, float], config: EvalConfig, progress: Progress) -> 
         progress.best, progress.best_step, progress.worse = value, progress.step, 0
     else:
         progress.worse += 1
-        progress.stopped = config.patience is not None and progress.worse >= config.patience
+        progress.stopped |= config.patience is not None and progress.worse >= config.patience
     return better

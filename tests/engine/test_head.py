@@ -14,7 +14,9 @@ def test_log_probabilities_and_entropy_follow_their_definition(temperature):
     weights = [math.exp(z / temperature) for z in logits]
     p = [w / sum(weights) for w in weights]
     x = torch.tensor([logits] * 3)
-    assert token_logps(x, torch.tensor([0, 1, 2]), temperature).tolist() == pytest.approx([math.log(q) for q in p], 1e-6)
+    assert token_logps(x, torch.tensor([0, 1, 2]), temperature).tolist() == pytest.approx(
+        [math.log(q) for q in p], 1e-6
+    )
     assert float(token_entropy(x, temperature)[0]) == pytest.approx(-sum(q * math.log(q) for q in p), 1e-6)
 
 

@@ -26,7 +26,11 @@ def rows() -> list[dict[str, str]]:
         return " ".join("".join(draw.choice("abcdefgh") for _ in range(draw.randint(1, 6))) for _ in range(count))
 
     return [
-        {"prompt": words(draw.randint(1, 4)) + ":", "chosen": " " + words(draw.randint(1, 4)), "rejected": " " + words(2)}
+        {
+            "prompt": words(draw.randint(1, 4)) + ":",
+            "chosen": " " + words(draw.randint(1, 4)),
+            "rejected": " " + words(2),
+        }
         for _ in range(BATCH * STEPS)
     ]
 

@@ -21,7 +21,10 @@ RUNS = {
     "reward_model": {"algorithm": {"name": "reward_model", "centre": 0.01}},
     "dpo": {"algorithm": {"name": "dpo"}, "eval": {"every": 3, "rows": 4}},
     "dpo-resident": {"algorithm": {"name": "dpo"}, "reference": {"mode": "resident"}},
-    "dpo-odd": {"algorithm": {"name": "dpo"}, "optim": {"batch_size": 5, "token_budget": 60, "lr": 1e-3}},  # ranks with idle turns
+    "dpo-odd": {
+        "algorithm": {"name": "dpo"},
+        "optim": {"batch_size": 5, "token_budget": 60, "lr": 1e-3},
+    },  # ranks with idle turns
 }
 
 

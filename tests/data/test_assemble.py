@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+import pytest
+
+from prefopt.api import Needs
+from prefopt.builtin.algorithms import RewardModel, RewardModelListwise, SupervisedFineTuning
+from prefopt.data.assemble import Assembler
+from prefopt.data.render import Renderer, load_tokenizer
+from prefopt.errors import DataError
+from prefopt.rows import Comparison, Completion, Ranking, Role
+from prefopt_dpo import DPO
+
+
+def pair(chosen: str, rejected: str, **numbers) -> Comparison:
+    return Comparison(prompt="p:", chosen=Completion(chosen), rejected=Completion(rejected), **numbers)
+
+
+ROWS = [pair("a", "bb", preference=0.9), pair("c", "d", preference=0.5), pair("e", "f"), pair("g" * 60, "h")]
+
+
+def assembler(tiny_model, algorithm, rows=ROWS, **options) -> Assembler:
+    return Assembler(rows, algorithm, Renderer(load_tokenizer(str(tiny_model)), **options))
+
+
+def test_rows_become_sequences_with_roles_groups_and_columns(tiny_model):
+    built = assembler(tiny_model, RewardModel())([2, 0])
+    assert built.batch.role.tolist() == [Role.CHOSEN, Role.REJECTED] * 2
+    assert built.batch.group.tolist() == [0, 0, 1, 1]
+    assert built.batch.preference.tolist() == pytest.approx([1, 1, 0.9, 0.9])
+    assert [len(t.completion) for t in built.tokens] == [2, 2, 2, 3]
+
+
+def test_a_tie_is_dropped_and_counted_unless_the_algorithm_asks_for_preferences(tiny_model):
+    dpo, reward = (assembler(tiny_model, algorithm) for algorithm in (DPO(), RewardModel()))
+    assert len(dpo([0, 1]).batch) == 2
+    assert dpo.counts["rows/ties"] == 1
+    assert len(reward([0, 1]).batch) == 4
+
+
+def test_a_step_left_without_rows_is_none(tiny_model):
+    assert assembler(tiny_model, DPO())([1]) is None
+    assert assembler(tiny_model, DPO(), max_length=20, overflow="drop")([3]) is None
+
+
+def test_any_row_feeds_any_algorithm_it_can_become(tiny_model):
+    ranking = Ranking(prompt="p:", completions=(Completion("a"), Completion("b"), Completion("c")), ranks=(0, 1, 2))
+    sizes = {SupervisedFineTuning(): 1, DPO(): 6, RewardModelListwise(): 3}
+    for algorithm, size in sizes.items():
+        assert len(assembler(tiny_model, algorithm, [ranking])([0]).batch) == size
+
+
+def test_checking_names_every_unusable_row_and_counts_nothing(tiny_model):
+    made = assembler(tiny_model, DPO(), [*ROWS, pair("x" * 70, "y")], max_length=40)
+    with pytest.raises(DataError) as caught:
+        made.check(range(5))
+    assert [p.where.partition(",")[0] for p in caught.value.problems] == ["row 3", "row 4"]
+    assert not made.counts
+
+
+class Margins(DPO):
+    name = "margins"
+
+    def needs(self) -> Needs:
+        return Needs(rows={"margin"}, during={"logps"})
+
+
+def test_an_absent_number_is_an_error_and_not_zero(tiny_model):
+    with pytest.raises(DataError, match="needs `margin`, but the row has preference"):
+        assembler(tiny_model, Margins())([0])

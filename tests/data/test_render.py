@@ -1,0 +1,141 @@
+"""Tokens: one beginning, one end, prompt and reply as the model would have read them."""
+
+from __future__ import annotations
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from prefopt.data.render import Renderer, Tokens, load_tokenizer
+from prefopt.errors import ConfigError, DataError
+from prefopt.rows import Completion, Message, Role, Sequence
+
+WORDS = ["<pad>", "<s>", "</s>", "<u>", "<a>", "a", "b", "c", "ab", "\n"]
+CHAT = (
+    "{% for m in messages %}{{ '<u>' if m.role == 'user' else '<a>' }}{{ m.content }}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}<a>{% endif %}"
+)
+
+
+def tokenizer(bos: bool = False, chat: str | None = None, **special) -> PreTrainedTokenizerFast:
+    """Letters; `a` followed by `b` merges into one token."""
+    raw = Tokenizer(models.BPE({w: i for i, w in enumerate(WORDS)}, [("a", "b")], unk_token="<pad>"))
+    raw.pre_tokenizer = pre_tokenizers.Split("\n", "isolated")
+    if bos:
+        raw.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    names = {"pad_token": "<pad>", "eos_token": "</s>", "bos_token": "<s>", **special}
+    made = PreTrainedTokenizerFast(tokenizer_object=raw, additional_special_tokens=["<u>", "<a>"], **names)
+    made.chat_template = chat
+    return made
+
+
+def ids(*words: str) -> tuple[int, ...]:
+    return tuple(WORDS.index(w) for w in words)
+
+
+def test_the_completion_ends_with_the_end_token():
+    found = Renderer(tokenizer()).tokens("ac", Completion("ba"))
+    assert found == Tokens(ids("a", "c"), ids("b", "a", "</s>"))
+
+
+def test_a_completion_cut_short_has_no_end_token():
+    found = Renderer(tokenizer()).tokens("ac", Completion("ba", finished=False))
+    assert found.completion == ids("b", "a")
+
+
+def test_an_end_token_in_the_text_is_not_doubled():
+    assert Renderer(tokenizer()).tokens("c", Completion("a</s>")).completion == ids("a", "</s>")
+
+
+def test_padding_may_be_the_end_token():
+    found = Renderer(tokenizer(pad_token="</s>")).tokens("c", Completion("a"))
+    assert found.completion == ids("a", "</s>")
+
+
+def test_a_tokenizer_without_an_end_token_adds_none():
+    assert Renderer(tokenizer(eos_token=None)).tokens("c", Completion("a")).completion == ids("a")
+
+
+@pytest.mark.parametrize("prompt", ["c", ""])
+def test_exactly_one_beginning_where_the_tokenizer_adds_it(prompt):
+    renderer = Renderer(tokenizer(bos=True))
+    found = renderer.tokens(prompt, Completion("a"))
+    assert found == Tokens(ids("<s>", *prompt), ids("a", "</s>"))
+    assert renderer.prompt_ids(prompt) == ids("<s>", *prompt)
+
+
+def test_no_beginning_where_it_adds_none():
+    assert Renderer(tokenizer(bos=False)).prompt_ids("c") == ids("c")
+
+
+def test_prompt_and_reply_that_merge_are_read_as_the_model_would_and_counted():
+    renderer = Renderer(tokenizer())
+    assert renderer.tokens("ca", Completion("bc")) == Tokens(ids("c"), ids("ab", "c", "</s>"))
+    assert renderer.tokens("ca", Completion("cb")) == Tokens(ids("c", "a"), ids("c", "b", "</s>"))
+    assert renderer.counts["prompts/merged"] == 1
+
+
+def test_without_a_prompt_the_first_token_is_read_and_not_scored():
+    assert Renderer(tokenizer()).tokens("", Completion("ca")) == Tokens(ids("c"), ids("a", "</s>"))
+    with pytest.raises(DataError, match="has no tokens"):
+        Renderer(tokenizer(eos_token=None)).tokens("", Completion("c"))
+
+
+def test_sampled_tokens_are_used_as_they_are():
+    found = Renderer(tokenizer()).tokens("ca", Completion("whatever", ids=(6, 7)))
+    assert found == Tokens(ids("c", "a"), (6, 7))
+
+
+TALK = (Message("user", "c"),)
+
+
+def test_a_conversation_goes_through_the_chat_template():
+    renderer = Renderer(tokenizer(chat=CHAT))
+    assert renderer.prompt_ids(TALK) == ids("<u>", "c", "</s>", "\n", "<a>")
+    found = renderer.tokens(TALK, Completion("b"))
+    assert found == Tokens(ids("<u>", "c", "</s>", "\n", "<a>"), ids("b", "</s>"))  # white space after the end is cut
+
+
+def test_a_conversation_needs_a_chat_template():
+    with pytest.raises(DataError, match="no chat template"):
+        Renderer(tokenizer()).tokens(TALK, Completion("b"))
+
+
+def sequences(*lengths: int) -> list[Sequence]:
+    return [
+        Sequence("c" * 4, Completion("b" * n), Role.CHOSEN, group=i // 2) for i, n in enumerate(lengths)
+    ]  # 4 + n + 1 tokens
+
+
+def test_too_long_stops_with_the_numbers():
+    with pytest.raises(DataError, match=r"have 10 tokens, more than data.max_length = 8"):
+        Renderer(tokenizer(), max_length=8).render(sequences(5))
+
+
+def test_too_long_drops_the_whole_group_and_counts_it():
+    renderer = Renderer(tokenizer(), max_length=8, overflow="drop")
+    kept, tokens = renderer.render(sequences(2, 9, 3, 1))
+    assert [s.group for s in kept] == [1, 1]
+    assert [len(t) for t in tokens] == [8, 6]
+    assert renderer.counts["rows/dropped"] == 1
+
+
+def test_truncation_cuts_the_prompt_s_start_then_the_completion_s_end_and_never_all_of_it():
+    renderer = Renderer(tokenizer(), max_length=6, overflow="truncate")
+    _, tokens = renderer.render(sequences(3, 9))
+    assert tokens[0] == Tokens(ids("c", "c"), ids("b", "b", "b", "</s>"))
+    assert tokens[1] == Tokens(ids("c"), ids(*"bbbbb"))
+    assert renderer.counts["rows/truncated"] == 2
+
+
+def test_what_is_counted_does_not_depend_on_what_was_seen_before():
+    renderer = Renderer(tokenizer())
+    for _ in range(3):
+        renderer.tokens("ca", Completion("b"))
+    assert renderer.counts["prompts/merged"] == 3
+
+
+def test_a_folder_without_a_tokenizer(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(ConfigError, match="no tokenizer could be loaded"):
+        load_tokenizer(str(tmp_path))

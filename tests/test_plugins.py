@@ -1,0 +1,144 @@
+"""The loader, on plugins made for it: each loads alone, a bad one is kept with its reason and hurts nobody."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from prefopt import plugins
+from prefopt.plugins import load
+
+GOOD = """
+from prefopt.api import Algorithm, Comparison, Needs, hookimpl
+class Good(Algorithm):
+    name, eats = "{name}", Comparison
+@hookimpl
+def prefopt_algorithms():
+    return [Good]
+"""
+BAD = {
+    "no-module": "import a_module_that_is_not_there",
+    "syntax": "def (",
+    "exits": "import sys; sys.exit(3)",
+    "misspelt": "from prefopt.api import hookimpl\n@hookimpl\ndef prefopt_algoritms(): return []",
+    "no-hook": "x = 1",
+    "no-mark": "def prefopt_algorithms(): return []",
+    "signature": "from prefopt.api import hookimpl\n@hookimpl\ndef prefopt_algorithms(extra): return []",
+    "not-a-class": "from prefopt.api import hookimpl\n@hookimpl\ndef prefopt_algorithms(): return [3]",
+    "wrong-kind": GOOD.replace("prefopt_algorithms", "prefopt_rewards").format(name="x"),
+    "no-name": GOOD.format(name=""),
+    "bad-name": GOOD.format(name="a b"),
+    "raises": "from prefopt.api import hookimpl\n@hookimpl\ndef prefopt_algorithms(): raise RuntimeError('no')",
+    "bad-needs": "raise ValueError('at import')",
+    "returns-none": "from prefopt.api import hookimpl\n@hookimpl\ndef prefopt_algorithms(): return 5",
+}
+
+
+def install(root: Path, name: str, code: str, version: str = "0.1") -> None:
+    """A distribution with one module and one entry point, as an installer would leave it."""
+    module = "made_" + name.replace("-", "_")
+    (root / f"{module}.py").write_text(code)
+    info = root / f"{module}-{version}.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: made-{name}\nVersion: {version}\n")
+    (info / "entry_points.txt").write_text(f"[prefopt]\n{name} = {module}\n")
+
+
+@pytest.fixture
+def site(tmp_path, monkeypatch) -> Path:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return tmp_path
+
+
+def test_a_good_plugin_is_found_with_its_owner(site):
+    install(site, "good", GOOD.format(name="good"), "1.2")
+    entry = load().registry.find("algorithm", "good")
+    assert (entry.distribution, entry.version) == ("made-good", "1.2")
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_plugin_is_kept_with_its_reason_and_hurts_nobody(site, name):
+    install(site, name, BAD[name])
+    install(site, "good", GOOD.format(name="good"))
+    registry = load().registry
+    assert [b.distribution for b in registry.broken] == [f"made-{name}"]
+    assert registry.broken[0].reason
+    assert "good" in registry.names("algorithm")
+    assert "dpo" in registry.names("algorithm")
+
+
+def test_nothing_of_a_half_good_plugin_stays(site):
+    code = GOOD.format(name="half") + "\n@hookimpl\ndef prefopt_rewards():\n    return [3]\n"
+    install(site, "half", code)
+    assert "half" not in load().registry.names("algorithm")
+
+
+def test_a_misspelt_hook_is_named(site):
+    install(site, "misspelt", BAD["misspelt"])
+    assert "prefopt_algoritms" in load().registry.broken[0].reason
+
+
+def test_lists_of_allowed_plugins_limit_what_is_imported(site, monkeypatch):
+    (site / "trace").write_text("")
+    install(site, "spy", f"open({str(site / 'trace')!r}, 'a').write('x')\n" + GOOD.format(name="spy"))
+    install(site, "good", GOOD.format(name="good"))
+    found = load(allow=["made-good"]).registry
+    assert {"good", "sft"} <= set(found.names("algorithm"))
+    assert {"made-spy", "prefopt-dpo"} <= set(found.hidden)
+    monkeypatch.setenv("PREFOPT_PLUGINS", "made-spy, prefopt-dpo")
+    assert "dpo" not in load(allow=["made-spy"]).registry.names("algorithm")
+    monkeypatch.setenv("PREFOPT_PLUGINS", "")
+    assert load().registry.names("algorithm") == ["reward_model", "reward_model_listwise", "sft"]
+    assert (site / "trace").read_text() == "x"  # imported once, when it was allowed
+
+
+def test_an_observer_that_fails_is_reported_and_the_others_still_hear(site):
+    code = (
+        "from prefopt.api import hookimpl\nheard = []\n@hookimpl\ndef prefopt_step_finished(step, metrics):\n    {}\n"
+    )
+    install(site, "broken-observer", code.format("raise RuntimeError('tracker down')"))
+    install(site, "observer", code.format("heard.append((step, dict(metrics)))"))
+    found, failures = load(), []
+    found.manager.unregister(name="prefopt:progress")
+    found.notify(
+        "prefopt_step_finished", lambda name, e: failures.append((name, str(e))), run=None, step=3, metrics={"a": 1.0}
+    )
+    assert failures == [("made-broken-observer:broken-observer", "tracker down")]
+    assert sys.modules["made_observer"].heard == [(3, {"a": 1.0})]
+
+
+def test_first_party_plugins_are_listed_and_validated_without_torch(tmp_path):
+    """In a process that cannot import torch at all."""
+    data = tmp_path / "pairs.jsonl"
+    data.write_text('{"prompt": "p", "chosen": "a", "rejected": "b"}\n')
+    config = tmp_path / "run.yaml"
+    config.write_text(f"""
+prefopt: 1
+model: {{path: "world:replies"}}
+data: {{source: jsonl, path: {data}}}
+algorithm: {{name: dpo}}
+run: {{dir: {tmp_path}/run}}
+""")
+    code = f"""
+import sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition('.')[0] in ('torch', 'transformers', 'accelerate', 'datasets'):
+            raise ImportError('blocked: ' + name)
+sys.meta_path.insert(0, Block())
+from prefopt.cli import main
+sys.argv = ['prefopt', *sys.argv[1:]]
+main()
+"""
+    for arguments in (["plugins", "list", "--all"], ["validate", str(config)], ["schema"], ["explain", "dpo"]):
+        done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+    assert "Direct Preference Optimization" in done.stdout
+
+
+def test_the_core_declares_its_own_components_through_entry_points():
+    names = {(e.group, e.value) for e in plugins.entry_points(group="prefopt") if e.dist.name == "prefopt"}
+    assert ("prefopt", "prefopt.builtin") in names

@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from prefopt.api import Algorithm, Comparison, Draw, Needs
+from prefopt.errors import ConfigError, DataError, PluginError
+from prefopt.plugins import load
+from prefopt.preflight import check, describe
+from prefopt.testing.tiny import tiny_config, tiny_rows, write_rows
+
+
+@pytest.fixture
+def found():
+    return load()
+
+
+def config(found, tiny_model, tmp_path, **sections):
+    return tiny_config(tiny_model, tmp_path / "run", sections, found)
+
+
+def test_a_good_configuration_passes_and_is_described(found, tiny_model, tmp_path):
+    run = config(found, tiny_model, tmp_path, algorithm={"name": "dpo"})
+    check(run, found.registry)
+    expected = "dpo (prefopt-dpo 0.1.0), on comparison rows from jsonl, needs reference_logps, logps"
+    assert describe(run, found.registry) == expected
+
+
+def test_model_folders(found, tiny_model, tmp_path):
+    (tmp_path / "empty").mkdir()
+    pickled = tmp_path / "pickled"
+    pickled.mkdir()
+    (pickled / "config.json").write_text("{}")
+    (pickled / "pytorch_model.bin").write_bytes(b"")
+    problems = {
+        "./nothing/here": "there is no folder",
+        str(tmp_path / "empty"): "has no config.json",
+        str(pickled): "has no safetensors weights",
+        "world:nowhere": "unknown world `nowhere`",
+    }
+    for path, what in problems.items():
+        with pytest.raises(ConfigError, match=what) as caught:
+            check(config(found, tiny_model, tmp_path, model={"path": path}), found.registry)
+        if path == str(pickled):
+            assert "Convert pytorch_model.bin to safetensors" in caught.value.problems[0].fix
+    check(config(found, tiny_model, tmp_path, model={"path": "someone/some-model"}), found.registry)  # a hub name
+    check(config(found, tiny_model, tmp_path, model={"path": "./made/later"}), found.registry, {"./made/later"})
+
+
+def test_a_reference_that_nothing_uses_is_refused(found, tiny_model, tmp_path):
+    run = config(found, tiny_model, tmp_path, reference={"mode": "resident"})
+    with pytest.raises(ConfigError, match="algorithm `sft` uses no reference"):
+        check(run, found.registry)
+
+
+def test_a_reference_elsewhere_must_exist(found, tiny_model, tmp_path):
+    run = config(found, tiny_model, tmp_path, algorithm={"name": "dpo"}, reference={"path": "./not/there"})
+    with pytest.raises(ConfigError) as caught:
+        check(run, found.registry)
+    assert caught.value.problems[0].where == "reference.path"
+
+
+def test_rows_that_cannot_feed_the_algorithm(found, tiny_model, tmp_path):
+    data = write_rows(tmp_path / "demos.jsonl", tiny_rows("demonstration"))
+    run = config(found, tiny_model, tmp_path, algorithm={"name": "dpo"}, data={"source": "jsonl", "path": str(data)})
+    with pytest.raises(DataError, match="a demonstration cannot become a comparison"):
+        check(run, found.registry)
+
+
+def test_rows_without_a_number_the_algorithm_asks_for(found, tiny_model, tmp_path):
+    rows = tiny_rows("comparison")
+    del rows[3]["margin"], rows[5]["margin"]
+    data = {"source": "jsonl", "path": str(write_rows(tmp_path / "pairs.jsonl", rows))}
+    run = config(found, tiny_model, tmp_path, algorithm={"name": "reward_model", "margin": True}, data=data)
+    with pytest.raises(DataError) as caught:
+        check(run, found.registry)
+    assert [p.where for p in caught.value.problems] == ["data, row 3", "data, row 5"]
+
+
+def test_held_out_rows_are_checked_too(found, tiny_model, tmp_path):
+    evaluation = {"every": 1, "data": {"source": "jsonl", "path": str(tmp_path / "none.jsonl")}}
+    with pytest.raises(DataError, match="cannot read the file"):
+        check(config(found, tiny_model, tmp_path, eval=evaluation), found.registry)
+
+
+def test_everything_wrong_is_reported_at_once(found, tiny_model, tmp_path):
+    run = config(
+        found,
+        tiny_model,
+        tmp_path,
+        model={"path": "./nothing"},
+        data={"source": "jsonl", "path": str(tmp_path / "none.jsonl")},
+        reference={"mode": "resident"},
+    )
+    with pytest.raises(ConfigError) as caught:
+        check(run, found.registry)
+    assert len(caught.value.problems) == 3
+
+
+class Sampling(Algorithm):
+    name, eats = "sampling", Comparison
+
+    def needs(self):
+        return Needs(draws=(Draw(n=4),))
+
+
+class Failing(Algorithm):
+    name, eats = "failing", Comparison
+
+    def needs(self):
+        return json.loads("{")
+
+
+@pytest.mark.parametrize(
+    ("cls", "what"), [(Sampling, "samples while it trains"), (Failing, "Failing.needs\\(\\) failed")]
+)
+def test_algorithms_the_engine_cannot_serve(found, tiny_model, tmp_path, cls, what):
+    found.registry.add(cls, "test", "0")
+    with pytest.raises(PluginError, match=what):
+        check(config(found, tiny_model, tmp_path, algorithm={"name": cls.name}), found.registry)

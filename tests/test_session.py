@@ -1,0 +1,383 @@
+"""Whole runs of a tiny model: what they write, what they refuse, how they end."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from prefopt.api import Algorithm, Comparison, Loss, Needs
+from prefopt.config import load_run
+from prefopt.engine.services import EngineServices
+from prefopt.errors import ConfigError, DataError, Preempted, ResourceError
+from prefopt.plugins import load
+from prefopt.rows import Completion, Rollout
+from prefopt.session import train
+from prefopt.testing.tiny import build_tiny, tiny_config, tiny_rows, write_rows
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+
+def test_a_run_writes_what_it_promises(train_tiny):
+    result = train_tiny(algorithm={"name": "dpo"}, eval={"every": 2, "samples": 3, "rows": 5})
+    assert result.outcome == "finished"
+    folder = result.folder
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    metrics = lines(folder / "metrics.jsonl")
+    assert [(m["step"], "eval/loss/total" in m) for m in metrics] == [
+        (1, False),
+        (2, False),
+        (2, True),
+        (3, False),
+        (4, False),
+        (4, True),
+    ]
+    assert {"loss/total", "reward/accuracy", "gradient/norm", "lr", "epoch"} <= metrics[0].keys()
+    assert {"eval/kl/sequence", "eval/reward/accuracy", "eval/completion/tokens"} <= metrics[2].keys()
+    assert not any("seconds" in m or "memory" in m for m in metrics)
+    assert {"step", "prompt", "completion", "finished", "row"} == lines(folder / "samples.jsonl")[0].keys()
+    timings = lines(folder / "timings.jsonl")
+    assert timings[-1]["peak_memory_bytes"] > 0
+    info = json.loads((folder / "run.json").read_text())
+    assert info["algorithm"] == {"name": "dpo", "distribution": "prefopt-dpo", "version": "0.1.0"}
+    assert [len(h) for h in info["data"].values()] == [64]
+
+
+def test_a_run_folder_holds_no_pickle(train_tiny):
+    folder = train_tiny(algorithm={"name": "dpo"}, eval={"every": 2, "samples": 1}).folder
+    kinds = {path.suffix for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
+    assert kinds <= {".safetensors", ".json", ".jsonl", ".yaml", ".md", ".jinja"}
+
+
+def test_the_result_loads_with_transformers_and_has_a_card(train_tiny):
+    result = train_tiny(algorithm={"name": "dpo", "beta": 0.3})
+    model, tokenizer = (c.from_pretrained(result.model) for c in (AutoModelForCausalLM, AutoTokenizer))
+    saved = load_file(max(result.folder.glob("checkpoints/step-*")) / "model.safetensors")
+    for name, x in model.state_dict().items():
+        assert torch.equal(x, saved[f"network.{name}"]), name
+    assert tokenizer("abc")["input_ids"]
+    card = (result.model / "README.md").read_text("utf-8")
+    assert "library_name: transformers" in card
+    assert "# dpo on" in card
+    assert "beta: 0.3" in card
+    assert "sha256" in card
+    assert "| `loss/total` |" in card
+
+
+@pytest.mark.parametrize("same_padding", [False, True], ids=["own padding", "padding is the end token"])
+def test_a_reward_model_reloads_as_a_classifier_with_the_same_scores(train_tiny, tmp_path, same_padding):
+    model = tmp_path / "model"
+    build_tiny(model)
+    if same_padding:
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        tokenizer.pad_token = tokenizer.eos_token
+        tokenizer.save_pretrained(model)
+    result = train_tiny(algorithm={"name": "reward_model"}, model={"path": str(model)})
+    texts = ["1 2 3", "7", "4 4 4 4 4"]
+    rollout = Rollout(prompt="count from 1: ", completions=tuple(map(Completion, texts)))
+    ours = [s.value for s in EngineServices(0).scorer(str(result.model))([rollout])[0]]
+
+    network = AutoModelForSequenceClassification.from_pretrained(result.model).eval()
+    tokenizer = AutoTokenizer.from_pretrained(result.model)
+    assert network.config.pad_token_id == tokenizer.pad_token_id != tokenizer.eos_token_id
+    batch = tokenizer([rollout.prompt + t + tokenizer.eos_token for t in texts], padding=True, return_tensors="pt")
+    with torch.no_grad():
+        theirs = network(batch["input_ids"], attention_mask=batch["attention_mask"]).logits.squeeze(-1)
+    assert ours == pytest.approx(theirs.tolist(), abs=1e-5)
+    assert len(set(ours)) == 3
+
+
+def test_the_score_head_depends_on_the_seed(train_tiny, tiny_model):
+    heads = []
+    for seed in (0, 1):
+        run = train_tiny(
+            str(seed), algorithm={"name": "reward_model"}, run={"steps": 1, "seed": seed}, optim={"lr": 1e-9}
+        )
+        heads.append(load_file(run.model / "model.safetensors")["score.weight"])
+    assert not torch.allclose(*heads)
+    assert all(0.05 < float(head.std()) < 0.5 for head in heads)  # N(0, 1/25): 24 inputs
+
+
+def test_training_a_reward_model_goes_on_from_one(train_tiny):
+    first = train_tiny("first", algorithm={"name": "reward_model"})
+    second = train_tiny(
+        "second", algorithm={"name": "reward_model"}, model={"path": str(first.model)}, optim={"lr": 1e-12}
+    )
+    a, b = (load_file(r.model / "model.safetensors")["score.weight"] for r in (first, second))
+    assert torch.allclose(a, b, atol=1e-6)
+
+
+def test_bfloat16_trains_float32_weights(train_tiny):
+    result = train_tiny(algorithm={"name": "dpo"}, optim={"precision": "bfloat16"})
+    exact = train_tiny("exact", algorithm={"name": "dpo"})
+    assert all(x.dtype == torch.float32 for x in load_file(result.model / "model.safetensors").values())
+    a, b = (lines(r.folder / "metrics.jsonl") for r in (result, exact))
+    assert a[0]["loss/total"] == pytest.approx(b[0]["loss/total"], abs=0.02)
+    assert a[-1]["loss/total"] != b[-1]["loss/total"]
+
+
+def test_a_run_stops_early_and_exports_its_best_model(train_tiny):
+    """With a large learning rate the held-out margin of a fixed direction soon falls."""
+    result = train_tiny(
+        algorithm={"name": "dpo"},
+        run={"steps": 40},
+        eval={"every": 1, "rows": 6, "metric": "reward/chosen", "goal": "max", "patience": 2, "keep_best": True},
+        optim={"lr": 0.05},
+    )
+    assert result.outcome == "stopped"
+    facts = json.loads((result.folder / "result.json").read_text())
+    values = {
+        m["step"]: m["eval/reward/chosen"] for m in lines(result.folder / "metrics.jsonl") if "eval/loss/total" in m
+    }
+    assert facts["steps"] == max(values) == facts["best_step"] + 2 < 40
+    assert values[facts["best_step"]] == max(values.values()) == facts["best"]
+    best = load_file(result.folder / f"checkpoints/step-{facts['best_step']:08d}/model.safetensors")
+    exported = load_file(result.model / "model.safetensors")
+    assert all(torch.equal(x, best[f"network.{name}"]) for name, x in exported.items())
+
+
+def test_an_unknown_metric_to_watch_is_named(train_tiny):
+    with pytest.raises(
+        ConfigError, match="eval.metric `reward/acuracy` is not measured. Did you mean `reward/accuracy`"
+    ):
+        train_tiny(algorithm={"name": "dpo"}, eval={"every": 1, "metric": "reward/acuracy"})
+
+
+def test_held_out_rows_are_not_trained_on(train_tiny):
+    """A reply that only a held-out row has is never seen, so its loss stays where the base model put it."""
+    result = train_tiny(algorithm={"name": "sft"}, eval={"every": 4, "holdout": 0.25}, run={"steps": None, "epochs": 1})
+    counts = json.loads((result.folder / "result.json").read_text())["steps"]
+    assert counts == 3  # 18 of 24 rows in steps of 8
+
+
+def test_rows_too_few_to_hold_out(train_tiny, tmp_path):
+    data = write_rows(tmp_path / "one.jsonl", tiny_rows("demonstration", 1))
+    with pytest.raises(DataError, match="too few to hold any out"):
+        train_tiny(data={"source": "jsonl", "path": str(data)}, eval={"every": 1})
+
+
+def test_dropped_and_merged_rows_are_counted(train_tiny, tmp_path):
+    rows = tiny_rows("demonstration", 8)
+    rows[2]["completion"] = "9" * 60
+    data = {"source": "jsonl", "path": str(write_rows(tmp_path / "long.jsonl", rows)), "max_length": 50}
+    with pytest.raises(DataError, match="more than data.max_length = 50") as caught:
+        train_tiny("stop", data=data)
+    assert caught.value.problems[0].where.startswith("row 2, ")
+    result = train_tiny("drop", data={**data, "overflow": "drop"}, run={"steps": 2})
+    assert json.loads((result.folder / "result.json").read_text())["rows"] == {"rows/dropped": 2}
+
+
+def test_sequences_longer_than_the_model_reads_are_refused(train_tiny, tmp_path):
+    rows = tiny_rows("demonstration", 8)
+    rows[1]["completion"] = "9" * 200
+    data = {"source": "jsonl", "path": str(write_rows(tmp_path / "long.jsonl", rows))}
+    with pytest.raises(DataError, match="more than data.max_length = 128"):
+        train_tiny(data=data)
+
+
+def test_a_step_without_rows_changes_nothing_but_a_count(train_tiny, tmp_path):
+    rows = [{**row, "preference": 0.5} for row in tiny_rows("comparison", 4)]
+    data = {"source": "jsonl", "path": str(write_rows(tmp_path / "ties.jsonl", rows))}
+    result = train_tiny(algorithm={"name": "dpo"}, data=data, run={"steps": 2}, optim={"batch_size": 4})
+    facts = json.loads((result.folder / "result.json").read_text())
+    assert (facts["updates"], facts["skipped"], facts["rows"]) == (0, 2, {"rows/ties": 8})
+
+
+def test_a_folder_is_used_once(train_tiny):
+    train_tiny(algorithm={"name": "sft"})
+    with pytest.raises(ConfigError, match="holds a finished run"):
+        train_tiny(algorithm={"name": "sft"})
+
+
+def test_an_unfinished_folder_is_resumed_and_not_overwritten(train_tiny, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text("{}")
+    with pytest.raises(ConfigError) as caught:
+        train_tiny(algorithm={"name": "sft"})
+    assert "prefopt resume" in caught.value.problems[0].fix
+
+
+def test_two_runs_cannot_share_a_folder(tiny_model, tmp_path):
+    import fcntl
+
+    (tmp_path / "run").mkdir()
+    with (tmp_path / "run" / ".lock").open("w") as held:
+        held.write("4711")
+        held.flush()
+        fcntl.flock(held, fcntl.LOCK_EX)
+        plugins = load()
+        with pytest.raises(ResourceError, match="in use by process 4711"):
+            train(tiny_config(tiny_model, tmp_path / "run", {}, plugins), plugins)
+
+
+class Unstable(Algorithm):
+    name, eats = "unstable", Comparison
+
+    def needs(self):
+        return Needs(during=frozenset({"logps"}))
+
+    def loss(self, batch, policy):
+        value = batch.mean(policy.logps, "tokens")
+        return Loss(value * float("inf") if float(value) < -1e-9 else value)
+
+
+def test_numbers_that_are_not_finite_stop_the_run_before_the_update(tiny_model, tmp_path):
+    plugins = load()
+    plugins.registry.add(Unstable, "test", "0")
+    config = tiny_config(tiny_model, tmp_path / "run", {"algorithm": {"name": "unstable"}}, plugins)
+    with pytest.raises(ResourceError, match=r"loss/total is -inf in step 1; the model was not updated"):
+        train(config, plugins)
+
+
+class Choosy(Algorithm):
+    """Skips its second step and stops at its fourth."""
+
+    name, eats = "choosy", Comparison
+
+    def needs(self):
+        return Needs(during=frozenset({"logps"}))
+
+    def loss(self, batch, policy):
+        return Loss(-batch.mean(policy.logps, "tokens"), {"calls": batch.mean(batch.weight, "sequences")})
+
+    def prepare(self, batch, ctx):
+        ctx.state["seen"] = ctx.state.get("seen", torch.zeros(())) + 1
+        ctx.record("seen", ctx.state["seen"])
+        return batch
+
+    def accept(self, metrics):
+        return VERDICTS.pop(0)
+
+
+VERDICTS: list[str] = []
+
+
+def test_an_algorithm_may_skip_updates_and_stop_the_run(tiny_model, tmp_path):
+    VERDICTS[:] = ["step", "skip", "step", "stop"]
+    plugins = load()
+    plugins.registry.add(Choosy, "test", "0")
+    sections = {"algorithm": {"name": "choosy"}, "run": {"steps": 9}, "eval": {"every": 1, "rows": 4}}
+    result = train(tiny_config(tiny_model, tmp_path / "run", sections, plugins), plugins)
+    facts = json.loads((result.folder / "result.json").read_text())
+    assert (facts["outcome"], facts["steps"], facts["updates"], facts["skipped"]) == ("stopped", 4, 2, 1)
+    train_lines = [m for m in lines(result.folder / "metrics.jsonl") if "eval/loss/total" not in m]
+    assert [m["seen"] for m in train_lines] == [1, 2, 3, 4]  # evaluation does not advance the state
+    assert [m["lr"] > 0 for m in train_lines] == [True, False, True, False]
+
+
+def test_the_learning_rate_counts_updates_and_not_steps(tiny_model, tmp_path):
+    VERDICTS[:] = ["step", "skip", "step", "step"]
+    plugins = load()
+    plugins.registry.add(Choosy, "test", "0")
+    sections = {"algorithm": {"name": "choosy"}, "optim": {"schedule": "linear", "warmup": 0.0, "lr": 0.1}}
+    result = train(tiny_config(tiny_model, tmp_path / "run", sections, plugins), plugins)
+    rates = [m["lr"] for m in lines(result.folder / "metrics.jsonl")]
+    assert rates == pytest.approx([0.1, 0, 0.075, 0.05])
+
+
+def test_a_request_to_stop_saves_the_state_and_says_how_to_go_on(tiny_model, tmp_path):
+    plugins = load()
+    plugins.manager.unregister(name="prefopt:progress")
+
+    class Stopper:
+        def __call__(self, hook, on_error, **arguments):
+            if arguments.get("step") == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    object.__setattr__(plugins, "notify", Stopper())
+    config = tiny_config(tiny_model, tmp_path / "run", {"run": {"steps": 6, "checkpoint": {"every": 100}}}, plugins)
+    with pytest.raises(Preempted, match="the state is saved"):
+        train(config, plugins)
+    assert (tmp_path / "run/checkpoints/step-00000003").is_dir()
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_failing_observer_does_not_stop_a_run(tiny_model, tmp_path):
+    plugins = load()
+    plugins.manager.unregister(name="prefopt:progress")
+    plugins.manager.register(Broken(), "tracker")
+    warnings: list[str] = []
+    result = train(tiny_config(tiny_model, tmp_path / "run", {}, plugins), plugins, warn=warnings.append)
+    assert result.outcome == "finished"
+    assert warnings[0] == "observer tracker failed and is ignored: RuntimeError: down"
+
+
+class Broken:
+    from prefopt.api import hookimpl
+
+    @hookimpl
+    def prefopt_run_started(self, run):
+        raise RuntimeError("down")
+
+
+def test_a_world_gives_its_base_model(tmp_path, plugins):
+    path = tmp_path / "run.yaml"
+    path.write_text(f"""
+prefopt: 1
+model: {{path: "world:replies"}}
+data: {{source: replies, size: 40}}
+algorithm: {{name: sft}}
+optim: {{lr: 1.0e-2, batch_size: 20}}
+run: {{dir: {tmp_path}/run, device: cpu}}
+""")
+    result = train(load_run(path, plugins.find), plugins)
+    assert AutoModelForCausalLM.from_pretrained(result.folder / "base").config.hidden_size == 64
+    assert json.loads((result.folder / "result.json").read_text())["steps"] == 2
+
+
+def test_secrets_are_in_no_byte_of_a_run_folder(tiny_model, tmp_path, monkeypatch):
+    """Twenty of them: in variables, in the configuration, in the data, in what the model is told."""
+    secrets = [f"planted-secret-{i:02d}-value" for i in range(17)]
+    for i, secret in enumerate(secrets):
+        monkeypatch.setenv(f"SERVICE_{i}_API_KEY", secret)
+    known = ["hf_" + "Ab1" * 8, "sk-" + "Cd2_" * 6, "ghp_" + "Ef3" * 8]
+    rows = [
+        {**row, "prompt": f"{(secrets + known)[i % 20][:60]} "} for i, row in enumerate(tiny_rows("demonstration", 40))
+    ]
+    data = {"source": "jsonl", "path": str(write_rows(tmp_path / "rows.jsonl", rows))}
+    plugins = load()
+    sections = {"data": data, "eval": {"every": 2, "samples": 20, "rows": 20, "holdout": 0.5}}
+    config = tiny_config(tiny_model, tmp_path / "run", sections, plugins)
+    result = train(config, plugins)
+    written = b"".join(path.read_bytes() for path in result.folder.rglob("*") if path.is_file())
+    assert (result.folder / "samples.jsonl").read_text().count("[redacted]") >= 20
+    assert [s for s in secrets + known if s.encode() in written] == []
+
+
+def test_the_command_line_trains_and_reports_exit_codes(tiny_model, tmp_path):
+    """Through a shell: train, refuse what is finished (2), refuse bad data (3)."""
+    data = write_rows(tmp_path / "pairs.jsonl", tiny_rows("comparison"))
+    config = tmp_path / "run.yaml"
+    config.write_text(f"""
+prefopt: 1
+model: {{path: {tiny_model}}}
+data: {{source: jsonl, path: {data}}}
+algorithm: {{name: dpo}}
+run: {{dir: {tmp_path}/run, steps: 3, device: cpu}}
+""")
+
+    def prefopt(*arguments: str) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            [sys.executable, "-m", "prefopt", *arguments], capture_output=True, text=True, check=False, cwd=tmp_path
+        )
+
+    done = prefopt("train", str(config))
+    assert done.returncode == 0, done.stderr
+    assert f"finished: {tmp_path}/run/model" in done.stdout
+    assert "dpo: steps 0 to 3" in done.stderr
+    again = prefopt("resume", str(tmp_path / "run"))
+    assert (again.returncode, "the run is finished" in again.stderr) == (2, True)
+    data.write_text("{}\n")
+    broken = prefopt("validate", str(config))
+    assert (broken.returncode, "Traceback" in broken.stderr) == (3, False)
