@@ -18,6 +18,7 @@ from typing import Any
 
 from prefopt.components import Component
 from prefopt.config import Document, RunConfig, SuiteConfig, resolved, run_from
+from prefopt.config.yaml import Keys
 from prefopt.errors import ConfigError
 
 STAGE = "stage:"
@@ -132,8 +133,11 @@ class _Builder:
         run = run.merged(Document({"prefopt": 1, "run": {"dir": str(self.out / "run"), "seed": seed}}))
         config = run_from(run, self.find)
         plain = resolved(config)
-        needs = tuple(self._stage(name, stages, run.where(("model",))).key for name in _stages_in(plain))
+        needs = tuple(
+            self._stage(name, stages, run.where(_path_to(f"{STAGE}{name}", run.data))).key for name in _stages_in(plain)
+        )
         named = {f"{STAGE}{name}": key for name, key in zip(_stages_in(plain), needs, strict=True)}
+        del plain["run"]["dir"]
         key = _key({"config": _replaced(plain, named), "code": code_of(config)})
         plain = _replaced(plain, {old: str(model_folder(self.out, k)) for old, k in named.items()})
         plain["run"]["dir"] = str(run_folder(self.out, key))
@@ -168,6 +172,17 @@ def _stages_in(node: Any) -> list[str]:
         return [node.removeprefix(STAGE)] if node.startswith(STAGE) else []
     parts: Sequence[Any] = list(node.values()) if isinstance(node, dict) else node if isinstance(node, list) else []
     return list(dict.fromkeys(name for part in parts for name in _stages_in(part)))
+
+
+def _path_to(text: str, node: Any) -> Keys:
+    """Where `text` stands in plain data."""
+    items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    for key, value in items:
+        if value == text:
+            return (key,)
+        if path := _path_to(text, value):
+            return (key, *path)
+    return ()
 
 
 def _replaced(node: Any, names: Mapping[str, str]) -> Any:

@@ -57,7 +57,7 @@ class Document:
         """
         if not (isinstance(self.data, dict) and isinstance(other.data, dict)) or _renames(self.data, other.data):
             return other
-        out = Document(copy.deepcopy(self.data), {**self.places, (): other.where(())})
+        out = Document(copy.deepcopy(self.data), {**self.places, (): other.where(()) or self.where(())})
         for key in other.data:
             part = self.at(key).merged(other.at(key)) if key in self.data else other.at(key)
             out.put((key,), part)
@@ -66,9 +66,12 @@ class Document:
     def put(self, path: Keys, part: Document) -> None:
         """Sets the value at `path`, making mappings on the way. Raises `KeyError` where the path runs into a value."""
         target: Any = self.data
-        for key in path[:-1]:
+        for i, key in enumerate(path[:-1]):
             if isinstance(target, dict):
-                target = target.setdefault(key, {})
+                if key not in target:
+                    target[key] = {}
+                    self.places[path[: i + 1]] = part.where(())
+                target = target[key]
             elif isinstance(target, list) and isinstance(key, int) and key < len(target):
                 target = target[key]
             else:

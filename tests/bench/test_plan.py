@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+import pytest
+
+from prefopt.bench.plan import _fingerprint, make_plan
+from prefopt.config.load import validated
+from prefopt.config.models import SuiteConfig
+from prefopt.config.yaml import apply_overrides, parse
+from prefopt.errors import ConfigError
+
+SUITE = """\
+prefopt: 1
+name: small
+world: {name: replies}
+seeds: [0, 1]
+baseline: sft
+stages:
+  sft:
+    model: {path: "world:replies"}
+    data: {source: replies, size: 20}
+    algorithm: {name: sft}
+base:
+  model: {path: "stage:sft"}
+  data: {source: replies, format: comparisons, size: 20}
+  algorithm: {name: dpo}
+  optim: {lr: 1e-3}
+methods:
+  - {label: SFT, stage: sft}
+  - {label: DPO}
+  - {label: RM, algorithm: {name: reward_model}, best_of: 4}
+tasks: [{name: length}]
+held_out: {source: replies, format: comparisons, size: 20, split: held_out}
+"""
+
+
+def plan(plugins, tmp_path, *overrides: str):
+    document = apply_overrides(parse(SUITE, "suite.yaml"), overrides)
+    return make_plan(validated(SuiteConfig, document, plugins.find), document, tmp_path, plugins.find)
+
+
+def test_stages_are_shared_and_cells_are_method_by_seed(plugins, tmp_path):
+    made = plan(plugins, tmp_path)
+    assert [job.title for job in made.jobs.values()] == [
+        "sft, seed 0",
+        "DPO, seed 0",
+        "RM, seed 0",
+        "sft, seed 1",
+        "DPO, seed 1",
+        "RM, seed 1",
+    ]
+    assert [(c.label, c.algorithm, c.seed, c.best_of) for c in made.cells[:3]] == [
+        ("SFT", "sft", 0, None),
+        ("DPO", "dpo", 0, None),
+        ("RM", "reward_model", 0, 4),
+    ]
+    sft, dpo = (made.jobs[c.job] for c in made.cells[:2])
+    assert dpo.needs == (sft.key,)
+    assert dpo.config.model.path == str(tmp_path / "store" / sft.key / "model")
+    assert dpo.config.run.dir == str(tmp_path / "store" / dpo.key)
+    assert [job.config.run.seed for job in made.jobs.values()] == [0, 0, 0, 1, 1, 1]
+
+
+def test_what_the_baseline_cost_is_not_counted(plugins, tmp_path):
+    made = plan(plugins, tmp_path)
+    sft, dpo, _ = made.cells[:3]
+    assert made.counted(sft) == []
+    assert made.counted(dpo) == [dpo.job]
+    assert made.chain(dpo.job) == [sft.job, dpo.job]
+
+
+def test_axes_multiply_methods_but_not_stages(plugins, tmp_path):
+    made = plan(plugins, tmp_path, "seeds=[0]", "axes={optim.lr: [1e-3, 1e-4], optim.batch_size: [8]}")
+    found = [(c.label, dict(c.settings)) for c in made.cells]
+    settings = [{"optim.lr": lr, "optim.batch_size": 8} for lr in (1e-3, 1e-4)]
+    assert found == [("SFT", {}), *(("DPO", s) for s in settings), *(("RM", s) for s in settings)]
+    assert {made.jobs[c.job].config.optim.lr for c in made.cells if c.label == "DPO"} == {1e-3, 1e-4}
+
+
+def test_a_run_is_known_by_its_content(plugins, tmp_path):
+    first, again = plan(plugins, tmp_path), plan(plugins, tmp_path / "elsewhere")
+    assert list(first.jobs) == list(again.jobs)
+    assert [c.job for c in first.cells] == [c.job for c in again.cells]
+    other = plan(plugins, tmp_path, "base.optim.lr=2e-3")
+    same = [a.job == b.job for a, b in zip(first.cells, other.cells, strict=True)]
+    assert same == [True, False, False] * 2
+    deeper = plan(plugins, tmp_path, "stages.sft.data.size=21")
+    assert not set(deeper.jobs) & set(first.jobs)  # what builds on another stage is another run
+
+
+def test_a_changed_line_of_code_makes_another_run(tmp_path, monkeypatch):
+    package = tmp_path / "some_method"
+    package.mkdir()
+    (package / "__init__.py").write_text("x = 1\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    before = _fingerprint("some_method")
+    (package / "__init__.py").write_text("x = 2\n")
+    _fingerprint.cache_clear()
+    assert _fingerprint("some_method") != before
+
+
+@pytest.mark.parametrize(
+    ("override", "words", "where"),
+    [
+        ("baseline=dpo", "baseline `dpo` is not a stage", "override `baseline`"),
+        ('base.model.path="stage:none"', "there is no stage `none` before this run", "override `base.model.path`"),
+        ("methods.0.stage=none", "there is no stage `none`", "override `methods.0.stage`"),
+        ("base.run.seed=3", "`run.seed` is set by the suite", "override `base.run.seed`"),
+        ("base.optim.lr=-1", "must be greater than 0", "override `base.optim.lr`"),
+        ("base.optm.lr=1", "unknown key `optm`", "override `base.optm.lr`"),
+        ("methods.2.best_of=1", "at least 2", "override `methods.2.best_of`"),
+        ("methods.1.best_of=4", "exactly when it trains a reward model", "suite.yaml:18:5"),
+        ("axes={optim.lr: [x]}", "`optim.lr` must be a valid number", "override `axes`"),
+        ("methods.1.algorithm.name=dop", "unknown algorithm `dop`", "override `methods.1.algorithm.name`"),
+    ],
+)
+def test_what_is_wrong_in_a_suite_is_located(plugins, tmp_path, override, words, where):
+    with pytest.raises(ConfigError) as caught:
+        plan(plugins, tmp_path, override)
+    problem = caught.value.problems[0]
+    assert words in problem.what
+    assert problem.where == where
