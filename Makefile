@@ -7,7 +7,7 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-PLUGINS := $(patsubst %/pyproject.toml,%,$(filter-out plugins/_template/%,$(wildcard plugins/*/pyproject.toml)))
+PLUGINS := $(patsubst %/pyproject.toml,%,$(wildcard plugins/*/pyproject.toml))
 SETUP := .venv/.done
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 WORKERS ?= 2

@@ -1,4 +1,4 @@
-"""Shared fixtures. Tests use real components, small models and files in temporary folders; nothing reaches the network."""
+"""Shared fixtures. Tests use real components, small models and temporary folders; nothing reaches the network."""
 
 from __future__ import annotations
 
@@ -35,3 +35,18 @@ def shared() -> Path:
     if not root.is_dir():
         pytest.skip(f"no real data at {root}; set PREFOPT_DATA")
     return root
+
+
+@pytest.fixture
+def install_plugin() -> Callable[..., None]:
+    """Leaves a distribution with one module and one entry point in a folder, as an installer would."""
+
+    def install(root: Path, name: str, code: str, version: str = "0.1") -> None:
+        module = "made_" + name.replace("-", "_")
+        (root / f"{module}.py").write_text(code)
+        info = root / f"{module}-{version}.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: made-{name}\nVersion: {version}\n")
+        (info / "entry_points.txt").write_text(f"[prefopt]\n{name} = {module}\n")
+
+    return install

@@ -11,7 +11,10 @@ import pytest
 from prefopt import plugins
 from prefopt.plugins import load
 
-GOOD = """
+
+def good(name: str) -> str:
+    """A plugin with one method that has no loss."""
+    return f"""
 from prefopt.api import Algorithm, Comparison, Needs, hookimpl
 class Good(Algorithm):
     name, eats = "{name}", Comparison
@@ -19,6 +22,8 @@ class Good(Algorithm):
 def prefopt_algorithms():
     return [Good]
 """
+
+
 BAD = {
     "no-module": "import a_module_that_is_not_there",
     "syntax": "def (",
@@ -28,23 +33,13 @@ BAD = {
     "no-mark": "def prefopt_algorithms(): return []",
     "signature": "from prefopt.api import hookimpl\n@hookimpl\ndef prefopt_algorithms(extra): return []",
     "not-a-class": "from prefopt.api import hookimpl\n@hookimpl\ndef prefopt_algorithms(): return [3]",
-    "wrong-kind": GOOD.replace("prefopt_algorithms", "prefopt_rewards").format(name="x"),
-    "no-name": GOOD.format(name=""),
-    "bad-name": GOOD.format(name="a b"),
+    "wrong-kind": good("x").replace("prefopt_algorithms", "prefopt_rewards"),
+    "no-name": good(""),
+    "bad-name": good("a b"),
     "raises": "from prefopt.api import hookimpl\n@hookimpl\ndef prefopt_algorithms(): raise RuntimeError('no')",
     "bad-needs": "raise ValueError('at import')",
     "returns-none": "from prefopt.api import hookimpl\n@hookimpl\ndef prefopt_algorithms(): return 5",
 }
-
-
-def install(root: Path, name: str, code: str, version: str = "0.1") -> None:
-    """A distribution with one module and one entry point, as an installer would leave it."""
-    module = "made_" + name.replace("-", "_")
-    (root / f"{module}.py").write_text(code)
-    info = root / f"{module}-{version}.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: made-{name}\nVersion: {version}\n")
-    (info / "entry_points.txt").write_text(f"[prefopt]\n{name} = {module}\n")
 
 
 @pytest.fixture
@@ -53,16 +48,16 @@ def site(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-def test_a_good_plugin_is_found_with_its_owner(site):
-    install(site, "good", GOOD.format(name="good"), "1.2")
+def test_a_good_plugin_is_found_with_its_owner(site, install_plugin):
+    install_plugin(site, "good", good("good"), "1.2")
     entry = load().registry.find("algorithm", "good")
     assert (entry.distribution, entry.version) == ("made-good", "1.2")
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_a_bad_plugin_is_kept_with_its_reason_and_hurts_nobody(site, name):
-    install(site, name, BAD[name])
-    install(site, "good", GOOD.format(name="good"))
+def test_a_bad_plugin_is_kept_with_its_reason_and_hurts_nobody(site, install_plugin, name):
+    install_plugin(site, name, BAD[name])
+    install_plugin(site, "good", good("good"))
     registry = load().registry
     assert [b.distribution for b in registry.broken] == [f"made-{name}"]
     assert registry.broken[0].reason
@@ -70,21 +65,21 @@ def test_a_bad_plugin_is_kept_with_its_reason_and_hurts_nobody(site, name):
     assert "dpo" in registry.names("algorithm")
 
 
-def test_nothing_of_a_half_good_plugin_stays(site):
-    code = GOOD.format(name="half") + "\n@hookimpl\ndef prefopt_rewards():\n    return [3]\n"
-    install(site, "half", code)
+def test_nothing_of_a_half_good_plugin_stays(site, install_plugin):
+    code = good("half") + "\n@hookimpl\ndef prefopt_rewards():\n    return [3]\n"
+    install_plugin(site, "half", code)
     assert "half" not in load().registry.names("algorithm")
 
 
-def test_a_misspelt_hook_is_named(site):
-    install(site, "misspelt", BAD["misspelt"])
+def test_a_misspelt_hook_is_named(site, install_plugin):
+    install_plugin(site, "misspelt", BAD["misspelt"])
     assert "prefopt_algoritms" in load().registry.broken[0].reason
 
 
-def test_lists_of_allowed_plugins_limit_what_is_imported(site, monkeypatch):
+def test_lists_of_allowed_plugins_limit_what_is_imported(site, install_plugin, monkeypatch):
     (site / "trace").write_text("")
-    install(site, "spy", f"open({str(site / 'trace')!r}, 'a').write('x')\n" + GOOD.format(name="spy"))
-    install(site, "good", GOOD.format(name="good"))
+    install_plugin(site, "spy", f"open({str(site / 'trace')!r}, 'a').write('x')\n" + good("spy"))
+    install_plugin(site, "good", good("good"))
     found = load(allow=["made-good"]).registry
     assert {"good", "sft"} <= set(found.names("algorithm"))
     assert {"made-spy", "prefopt-dpo"} <= set(found.hidden)
@@ -95,12 +90,12 @@ def test_lists_of_allowed_plugins_limit_what_is_imported(site, monkeypatch):
     assert (site / "trace").read_text() == "x"  # imported once, when it was allowed
 
 
-def test_an_observer_that_fails_is_reported_and_the_others_still_hear(site):
+def test_an_observer_that_fails_is_reported_and_the_others_still_hear(site, install_plugin):
     code = (
         "from prefopt.api import hookimpl\nheard = []\n@hookimpl\ndef prefopt_step_finished(step, metrics):\n    {}\n"
     )
-    install(site, "broken-observer", code.format("raise RuntimeError('tracker down')"))
-    install(site, "observer", code.format("heard.append((step, dict(metrics)))"))
+    install_plugin(site, "broken-observer", code.format("raise RuntimeError('tracker down')"))
+    install_plugin(site, "observer", code.format("heard.append((step, dict(metrics)))"))
     found, failures = load(), []
     found.manager.unregister(name="prefopt:progress")
     found.notify(
@@ -122,7 +117,7 @@ data: {{source: jsonl, path: {data}}}
 algorithm: {{name: dpo}}
 run: {{dir: {tmp_path}/run}}
 """)
-    code = f"""
+    code = """
 import sys
 class Block:
     def find_spec(self, name, path=None, target=None):

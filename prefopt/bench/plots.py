@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from prefopt.bench.stats import Interval
 
 WIDTH, ROW, LEFT, RIGHT = 640, 30, 190, 24
-HEIGHT, BOTTOM, TOP = 340, 44, 16
+HEIGHT, BOTTOM, TOP = 340, 44, 30
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,6 @@ def scatter(points: Sequence[Point]) -> dict[str, object]:
             "right": x_axis(_ends(x)[1]),
             "bottom": y_axis(_ends(p.y)[0]),
             "top": y_axis(_ends(p.y)[1]),
-            "anchor": "end" if x_axis(x.mean) > WIDTH * 0.7 else "start",
         }
         for p, x in pairs
     ]

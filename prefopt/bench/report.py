@@ -18,7 +18,7 @@ from prefopt.config import SuiteConfig, dump, resolved
 from prefopt.registry import Registry
 
 HEADLINE = ("gold_reward", "win_rate", "kl_sequence", "length")
-TITLES = {"gold_reward": "gold reward", "win_rate": "win rate", "kl_sequence": "KL (nats)", "length": "tokens"}
+TITLES = {"gold_reward": "gold reward", "win_rate": "win rate", "kl_sequence": "KL (nats)", "length": "length"}
 
 
 class _Typed(BaseModel):
@@ -189,7 +189,7 @@ def notes(report: Report) -> list[str]:
     seeds = len(report.seeds)
     spread = f"mean over {seeds} seeds [95 % interval, Student t]" if seeds >= FEWEST_SEEDS else "single run"
     baseline = report.configuration["baseline"]
-    lines = [f"{spread}; win rate and KL are against `{baseline}`, whose own cost is not counted."]
+    lines = [f"{spread}; win rate and KL are against `{baseline}`, whose own cost is not counted; length in tokens."]
     if any(method.get("best_of") for method in report.configuration["methods"]):
         lines.append("KL of best-of-n is the upper bound log n - (n - 1)/n; it samples n replies for each answer.")
     return lines

@@ -31,7 +31,7 @@ def run_suite(path: Path, overrides: Sequence[str] = (), out: Path | None = None
     cells failed.
     """
     began = time.monotonic()
-    allow = allowed_plugins(path)
+    allow = allowed_plugins(path, overrides)
     plugins = load(allow)
     suite, document = load_suite(path, plugins.find, overrides)
     folder = (out or Path("runs") / f"bench-{suite.name}").resolve()

@@ -83,7 +83,7 @@ def _read(path: Path, overrides: list[str] | None) -> tuple[RunConfig, Plugins]:
     from prefopt.plugins import load
     from prefopt.preflight import check
 
-    found = load(allowed_plugins(path))
+    found = load(allowed_plugins(path, overrides or ()))
     config = load_run(path, found.find, overrides or ())
     check(config, found.registry)
     return config, found

@@ -15,6 +15,7 @@ from prefopt.registry import field_docs
 
 PACKAGE = Path(prefopt.__file__).parent
 RECIPES = PACKAGE / "recipes"
+TEMPLATE = PACKAGE / "cli" / "template"
 SCHEMA = ".prefopt/schema.json"
 PLUGIN_NAME = re.compile(r"[a-z][a-z0-9]*([_-][a-z0-9]+)*")
 
@@ -67,8 +68,8 @@ def write_plugin(name: str, folder: Path) -> Iterator[str]:
     forms |= {"prefopt-example": f"prefopt-{'-'.join(words)}", "prefopt_example": f"prefopt_{'_'.join(words)}"}
     root = folder / forms["prefopt-example"]
     texts = {}
-    for path in sorted(p for p in template().rglob("*") if p.is_file() and "__pycache__" not in p.parts):
-        relative = _filled(str(path.relative_to(template())), forms)
+    for path in sorted(p for p in TEMPLATE.rglob("*") if p.is_file() and "__pycache__" not in p.parts):
+        relative = _filled(str(path.relative_to(TEMPLATE)), forms)
         texts[root / relative] = _filled(path.read_text("utf-8"), forms)
     _write(texts)
     method = next(str(path) for path in texts if path.name == "method.py")
@@ -82,9 +83,3 @@ def _filled(text: str, forms: dict[str, str]) -> str:
     for placeholder, value in forms.items():
         text = text.replace(placeholder, value)
     return text
-
-
-def template() -> Path:
-    """The plugin template: inside the package when installed from a wheel, beside it in a checkout."""
-    packed = PACKAGE / "_template"
-    return packed if packed.is_dir() else PACKAGE.parent / "plugins" / "_template"

@@ -59,12 +59,11 @@ def run_from(document: Document, find: Find) -> RunConfig:
     return validated(RunConfig, document, find)
 
 
-def allowed_plugins(path: Path) -> tuple[str, ...] | None:
+def allowed_plugins(path: Path, overrides: Sequence[str] = ()) -> tuple[str, ...] | None:
     """`plugins: {allow: [...]}` of a file, read before any plugin is loaded; None when it says nothing usable."""
     try:
-        data = read(path).data
-        allow = data["plugins"]["allow"]
-    except (PrefoptError, KeyError, TypeError):
+        allow = apply_overrides(read(path), overrides).at("plugins", "allow").data
+    except PrefoptError:
         return None
     return tuple(name for name in allow if isinstance(name, str)) if isinstance(allow, list) else None
 

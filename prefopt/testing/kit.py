@@ -272,13 +272,20 @@ def padding(algorithm: Algorithm) -> None:
 
 
 def _padded(made: Synthetic) -> Synthetic:
-    def widen(x: Tensor, fill: float) -> Tensor:
-        return torch.nn.functional.pad(x, (0, PADDING), value=fill) if x.dim() == 2 else x
+    """The same batch three positions wider; what stands in padding is random."""
+    generator = torch.Generator().manual_seed(2)
+    mask = torch.nn.functional.pad(made.batch.mask, (0, PADDING))
 
-    b = made.batch
-    columns = {name: widen(x, -7.0) for name, x in b.columns.items()}
-    batch = replace(b, ids=widen(b.ids, 0), mask=widen(b.mask, False), columns=columns)
-    return Synthetic(batch, {name: widen(x, -3.0) for name, x in made.outputs.items()})
+    def widen(x: Tensor) -> Tensor:
+        if x.dim() != 2:
+            return x
+        noise = torch.randn(mask.shape, generator=generator, dtype=x.dtype)
+        return torch.where(mask, torch.nn.functional.pad(x, (0, PADDING)), noise)
+
+    ids = torch.nn.functional.pad(made.batch.ids, (0, PADDING))
+    columns = {name: widen(x) for name, x in made.batch.columns.items()}
+    batch = replace(made.batch, ids=ids, mask=mask, columns=columns)
+    return Synthetic(batch, {name: widen(x) for name, x in made.outputs.items()})
 
 
 def minimal_needs(algorithm: Algorithm) -> None:

@@ -45,14 +45,14 @@ def _fields() -> dict[str, list[float]]:
 
 def oracle(labels: str, margin: bool, centre: float) -> float:
     total = 0.0
-    for (w, l), p, m in zip(SCORES, PREFERENCE, MARGIN, strict=True):
-        d = w - l - (m if margin else 0.0)
+    for (won, lost), p, m in zip(SCORES, PREFERENCE, MARGIN, strict=True):
+        d = won - lost - (m if margin else 0.0)
         win, lose = -math.log(1 / (1 + math.exp(-d))), -math.log(1 / (1 + math.exp(d)))
         if labels == "soft":
             total += p * win + (1 - p) * lose
         else:
             total += win if p != 0.5 else 0.0
-        total += centre * (w + l) ** 2
+        total += centre * (won + lost) ** 2
     return total / len(SCORES)
 
 

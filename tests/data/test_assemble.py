@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pytest
+from prefopt_dpo import DPO
 
 from prefopt.api import Needs
 from prefopt.builtin.algorithms import RewardModel, RewardModelListwise, SupervisedFineTuning
@@ -8,7 +9,6 @@ from prefopt.data.assemble import Assembler
 from prefopt.data.render import Renderer, load_tokenizer
 from prefopt.errors import DataError
 from prefopt.rows import Comparison, Completion, Ranking, Role
-from prefopt_dpo import DPO
 
 
 def pair(chosen: str, rejected: str, **numbers) -> Comparison:

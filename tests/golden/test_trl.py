@@ -1,4 +1,4 @@
-"""DPO through the engine against losses recorded from TRL 1.16 (see record_trl.py): eight steps, weights updated between."""
+"""DPO through the engine against losses recorded from TRL 1.16 (see record_trl.py): eight updates."""
 
 from __future__ import annotations
 

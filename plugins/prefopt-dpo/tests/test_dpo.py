@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
+from prefopt_dpo import DPO
 
 from prefopt.api import Batch, Policy, Role
 from prefopt.testing import conformance
-from prefopt_dpo import DPO
 
 test_dpo_conforms = conformance(DPO)
 test_dpo_with_label_smoothing_conforms = conformance(DPO(label_smoothing=0.2))

@@ -1,4 +1,5 @@
-from prefopt.testing import conformance
 from prefopt_example.method import ExampleMethod
+
+from prefopt.testing import conformance
 
 test_conformance = conformance(ExampleMethod)

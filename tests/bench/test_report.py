@@ -1,0 +1,173 @@
+"""The report shows what it is given, and nothing in it can act."""
+
+from __future__ import annotations
+
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from prefopt.bench.plots import Axis, Point, forest, scatter
+from prefopt.bench.report import (
+    CellResult,
+    Failure,
+    Report,
+    Summary,
+    commit_of,
+    name_of,
+    printable,
+    shown,
+    table,
+    to_html,
+)
+from prefopt.bench.stats import Interval
+
+PAYLOADS = [
+    "<script>alert(1)</script>",
+    '"><img src=x onerror=alert(1)>',
+    "</style><script>alert(1)</script>",
+    "<svg onload=alert(1)>",
+    "javascript:alert(1)",
+    "{{ 7 * 7 }}",
+    "\u202egnp.exe",
+    "\x1b[31mred",
+    "]]><iframe src=//evil>",
+    "&lt;b&gt;",
+]
+
+
+def interval(mean: float) -> Interval:
+    return Interval(mean=mean, low=mean - 0.1, high=mean + 0.1)
+
+
+def report(label: str = "DPO", reply: str = "fine", seeds: int = 3) -> Report:
+    budget = {
+        "tokens_forward": 5,
+        "tokens_backward": 10,
+        "tokens_sampled": 0,
+        "seconds": 1.5,
+        "peak_memory_bytes": 10**8,
+    }
+    metrics = {"gold_reward": 1.5, "win_rate": 0.6, "kl_sequence": 0.9, "length": 20.0, "extra/part": 0.1}
+    cells = [
+        CellResult(
+            algorithm="dpo",
+            label=label,
+            seed=s,
+            settings={},
+            metrics=metrics,
+            budget=budget,
+            versions={"prefopt": "0.1.0"},
+            run="abc",
+            samples=[{"prompt": reply, "reply": reply}],
+        )
+        for s in range(seeds)
+    ]
+    summary = Summary(
+        algorithm="dpo",
+        label=label,
+        settings={"optim.lr": reply},
+        n=seeds,
+        metrics={name: interval(x) for name, x in metrics.items()},
+        budget=budget,
+    )
+    configuration = {"baseline": "sft", "methods": [{"label": label, "best_of": 4}], "note": reply}
+    return Report(
+        suite="small",
+        commit="abc",
+        seeds=list(range(seeds)),
+        configuration=configuration,
+        summary=[summary],
+        cells=cells,
+        failures=[Failure(title=label, problem=reply)],
+    )
+
+
+class Page(HTMLParser):
+    """Every tag and attribute of a page."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+
+HARMLESS = {"html", "head", "meta", "title", "style", "body", "h1", "h2", "p", "div", "pre", "ul", "li"}
+HARMLESS |= {"table", "tr", "th", "td", "figure", "figcaption", "svg", "line", "text", "circle"}
+
+
+@pytest.mark.parametrize("payload", PAYLOADS)
+def test_whatever_a_model_or_a_label_says_is_only_text(payload):
+    page = Page(to_html(report(label=payload, reply=payload)))
+    assert {tag for tag, _ in page.tags} <= HARMLESS
+    attributes = {name for _, found in page.tags for name in found}
+    assert not {a for a in attributes if a.startswith("on") or a in ("src", "href", "style", "srcdoc")}
+    assert len(page.tags) == len(Page(to_html(report())).tags)
+
+
+def test_the_page_needs_nothing_from_outside_and_says_so():
+    text = to_html(report())
+    assert "default-src 'none'" in text
+    assert not re.findall(r"https?://|url\(|@import|<script|<link", text)
+    style = re.search(r"<style>(.*?)</style>", text, re.DOTALL)[1]
+    from base64 import b64encode
+    from hashlib import sha256
+
+    assert f"sha256-{b64encode(sha256(style.encode()).digest()).decode()}" in text
+
+
+def test_the_page_shows_table_plots_replies_costs_and_failures():
+    text = to_html(report(reply="a reply that can be found"))
+    for words in ("1.50 [1.40, 1.60]", "<svg", "extra/part", "100 MB", "What failed", "upper bound log n"):
+        assert words in text
+    assert text.count("a reply that can be found") >= 4
+
+
+def test_hidden_characters_are_spelled_out():
+    assert printable("a\u202eb\x1b[0m\nc\u200b") == "a\\u202eb\\u001b[0m\nc\\u200b"
+
+
+def test_the_table_is_aligned_and_explains_itself():
+    lines = table(report())
+    assert lines[2].startswith("DPO (optim.lr=fine)  1.50 [1.40, 1.60]  0.60")
+    assert lines[0].index("gold") == lines[2].index("1.50")
+    assert "mean over 3 seeds" in lines[4]
+    assert "single run" in table(report(seeds=1))[4]
+
+
+def test_intervals_in_words():
+    assert [shown(x) for x in (None, Interval(mean=1), interval(2))] == ["-", "1.00", "2.00 [1.90, 2.10]"]
+    assert name_of(report().summary[0]) == "DPO (optim.lr=fine)"
+
+
+def test_what_may_differ_between_runs_is_left_out_of_the_comparison():
+    compared = report().comparable()
+    assert "seconds" not in repr(compared)
+    assert "peak_memory" not in repr(compared)
+    assert compared["cells"][0]["budget"] == {"tokens_forward": 5, "tokens_backward": 10, "tokens_sampled": 0}
+
+
+def test_axes_are_linear_with_round_ticks():
+    axis = Axis.over([0.0, 10.0], 100, 200)
+    assert axis(5.0) == 150.0
+    assert axis(0.0) < axis(10.0)
+    assert [text for _, text in axis.ticks()] == ["0", "2", "4", "6", "8", "10"]
+    assert [text for _, text in Axis.over([0.3, 0.3], 0, 1).ticks()]
+
+
+def test_plots_put_means_between_the_ends_of_their_intervals():
+    points = [Point("a", interval(1.0), interval(0.5)), Point("b", Interval(mean=2.0), Interval(mean=3.0))]
+    (a, b) = forest(points)["rows"]
+    assert a["low"] < a["mean"] < a["high"] < b["mean"] == b["low"]
+    (a, b) = scatter(points)["points"]
+    assert a["left"] < a["x"] < a["right"] < b["x"]
+    assert a["bottom"] > a["y"] > a["top"] > b["y"]  # pixels count downwards
+    assert forest([])["rows"] == []
+    assert scatter([Point("a", interval(1))])["points"] == []
+
+
+def test_the_commit_of_a_folder_that_is_no_checkout(tmp_path):
+    assert commit_of(tmp_path) == ""

@@ -1,0 +1,232 @@
+"""The command line as a user meets it: help, exit codes, what is printed where."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from prefopt.cli import app as cli
+from prefopt.errors import PrefoptError
+from prefopt.testing.tiny import tiny_rows, write_rows
+
+PREFOPT = Path(sys.executable).parent / "prefopt"
+
+
+def call(*arguments: str) -> tuple[int, str]:
+    """Exit code and output, problems included."""
+    result = CliRunner().invoke(cli.app, arguments)
+    if isinstance(result.exception, PrefoptError):
+        return result.exception.exit_code, str(result.exception)
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, result.output
+
+
+@pytest.fixture
+def config(tmp_path, tiny_model) -> Path:
+    data = write_rows(tmp_path / "pairs.jsonl", tiny_rows("comparison"))
+    path = tmp_path / "run.yaml"
+    path.write_text(f"""
+prefopt: 1
+model: {{path: {tiny_model}}}
+data: {{source: jsonl, path: {data}}}
+algorithm: {{name: dpo}}
+optim: {{batch_size: 3}}
+run: {{dir: {tmp_path}/run, steps: 2, device: cpu}}
+""")
+    return path
+
+
+def quickest(*arguments: str, tries: int = 3) -> float:
+    """The least of some wall times of a fresh process: what the machine can do, not what else it does."""
+    times = []
+    for _ in range(tries):
+        began = time.perf_counter()
+        subprocess.run([str(PREFOPT), *arguments], check=True, capture_output=True)
+        times.append(time.perf_counter() - began)
+    return min(times)
+
+
+def test_help_is_quick():
+    seconds = quickest("--help", tries=5)
+    print(f"prefopt --help: {seconds:.2f} s")
+    assert seconds < 0.4
+
+
+def test_validate_is_quick(config):
+    seconds = quickest("validate", str(config))
+    print(f"prefopt validate: {seconds:.2f} s")
+    assert seconds < 1.0
+
+
+def test_help_shows_the_newcomer_s_verbs_first_and_the_exit_codes():
+    _, text = call("--help")
+    first, more = text.partition("More:")[::2]
+    assert all(f"\n  {verb}" in first for verb in ("init", "train", "bench", "show", "plugins"))
+    assert all(f"\n  {verb}" in more for verb in ("validate", "resume", "explain", "schema"))
+    assert "75 stopped on" in " ".join(text.split())
+
+
+def test_version():
+    assert call("--version") == (0, "prefopt 0.1.0\n")
+
+
+def test_validate_says_what_a_run_will_do(config):
+    code, text = call("validate", str(config))
+    assert code == 0
+    assert text.startswith("valid: dpo (prefopt-dpo 0.1.0), on comparison rows from jsonl")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["validate", "none.yaml"], 2, "cannot read the file"),
+        (["validate", "RUN", "algorithm.bta=1"], 2, "Did you mean `beta`?"),
+        (["validate", "RUN", "algorithm.name=dop"], 2, "unknown algorithm `dop`"),
+        (["validate", "RUN", "data.path=none.jsonl"], 3, "cannot read the file"),
+        (["validate", "RUN", "model.path=./none"], 2, "there is no folder"),
+        (["validate", "RUN", "plugins.allow=[]"], 2, "Not allowed to load"),
+        (["train", "RUN", "run.dir=a/../b"], 2, "may not climb"),
+        (["resume", "nowhere"], 2, "cannot read the file"),
+        (["explain", "dop"], 2, "Did you mean `dpo`?"),
+        (["init", "x", "--recipe", "frist"], 2, "Did you mean `first`?"),
+        (["plugins", "new", "My Method"], 2, "cannot name a plugin"),
+        (["nonsense"], 2, ""),
+        (["train"], 2, ""),
+    ],
+)
+def test_mistakes_of_a_user_have_an_exit_code_and_a_cure(config, monkeypatch, tmp_path, arguments, code, words):
+    monkeypatch.chdir(tmp_path)
+    found, text = call(*(str(config) if a == "RUN" else a for a in arguments))
+    assert found == code
+    assert words in text
+
+
+def test_problems_go_to_standard_error_with_their_kind(config):
+    done = subprocess.run(
+        [str(PREFOPT), "validate", str(config), "optim.lr=-1", "seed=1"], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == (
+        "configuration: override `optim.lr`: `optim.lr` must be greater than 0, not -1\n"
+        "configuration: override `seed`: unknown key `seed`\n    It belongs into `run`.\n"
+    )
+
+
+def test_show_batch_prints_roles_tokens_and_masks(config):
+    code, text = call("show", "batch", str(config), "optim.batch_size=6")
+    assert code == 0
+    assert text.startswith("dpo, step 1 of 2: ")
+    assert "12 sequences, 6 pairs, 6 groups" in text
+    assert "group 0, chosen: 14 + " in text
+    assert "[count from" in text
+    assert "<4| |4|<end>>" in text or "|<end>>" in text
+    assert "... and 2 more groups" in text
+
+
+def test_show_batch_of_a_world_needs_no_model(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        'prefopt: 1\nmodel: {path: "world:replies"}\ndata: {source: replies, size: 40}\nalgorithm: {name: sft}\n'
+        f"run: {{dir: {tmp_path}/run}}\n"
+    )
+    code, text = call("show", "batch", str(path))
+    assert code == 0
+    assert "group 0, demonstration: " in text
+    assert "[Customer: " in text
+    assert not (tmp_path / "run").exists()
+
+
+def test_init_writes_a_recipe_that_is_valid_and_overwrites_nothing(tmp_path):
+    code, text = call("init", str(tmp_path / "new"))
+    assert code == 0
+    assert f"next: cd {tmp_path}/new && prefopt train sft.yaml" in text
+    folder = tmp_path / "new"
+    assert {p.name for p in folder.iterdir()} == {"sft.yaml", "dpo.yaml", "reward_model.yaml", ".prefopt"}
+    assert (folder / "sft.yaml").read_text().startswith("# yaml-language-server: $schema=.prefopt/schema.json")
+    assert call("validate", str(folder / "sft.yaml"))[0] == 0
+    before = (folder / "dpo.yaml").read_text()
+    code, text = call("init", str(folder))
+    assert (code, "would overwrite" in text, (folder / "dpo.yaml").read_text()) == (2, True, before)
+
+
+def test_schema_is_json(plugins):
+    code, text = call("schema")
+    assert code == 0
+    assert {"algorithm.dpo", "world.replies"} <= json.loads(text)["$defs"].keys()
+
+
+def test_plugins_are_listed_as_a_table_and_as_json():
+    code, text = call("plugins", "list")
+    assert (code, text.split()[:2]) == (0, ["algorithm", "dpo"])
+    assert "sft" not in text
+    found = json.loads(call("plugins", "list", "--all", "--json")[1])
+    assert {"sft", "dpo", "replies", "plain"} <= {f["name"] for f in found}
+    (dpo,) = (f for f in found if f["name"] == "dpo")
+    assert dpo["paper"].startswith("Rafailov et al. 2023")
+    assert dpo["source"].endswith(f"dpo.py:{dpo['source'].rpartition(':')[2]}")
+    assert dpo.keys() == {"kind", "name", "distribution", "version", "summary", "paper", "source"}
+
+
+def test_an_empty_list_says_where_to_look(monkeypatch):
+    monkeypatch.setenv("PREFOPT_PLUGINS", "")
+    assert "plugins list --all" in call("plugins", "list")[1]
+
+
+def test_the_doctor_is_content_with_what_is_installed():
+    done = subprocess.run([str(PREFOPT), "plugins", "doctor"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    assert done.stdout.splitlines() == ["loaded: prefopt 0.1.0", "loaded: prefopt-dpo 0.1.0"]
+
+
+METHOD = """
+from prefopt.api import Algorithm, hookimpl
+class Method(Algorithm):
+    name = "{}"
+@hookimpl
+def prefopt_algorithms():
+    return [Method]
+"""
+
+
+def test_the_doctor_names_what_is_broken_and_what_loads_torch(tmp_path, install_plugin):
+    install_plugin(tmp_path, "broken", "import nothing_like_this")
+    install_plugin(tmp_path, "heavy", "import torch\n" + METHOD.format("heavy"))
+    install_plugin(tmp_path, "clash", METHOD.format("dpo"))
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(
+        [str(PREFOPT), "plugins", "doctor"], capture_output=True, text=True, check=False, env=environment
+    )
+    assert done.returncode == 4
+    assert "broken: made-broken 0.1 (entry point `broken`): ModuleNotFoundError" in done.stdout
+    assert "clash: algorithm `dpo` is offered by made-clash, prefopt-dpo" in done.stdout
+    assert "remark: loading plugins imports torch" in done.stdout
+    assert "remark: algorithm `heavy` (made-heavy) has no formula to explain" in done.stdout
+
+
+def test_explain_tells_all_there_is():
+    code, text = call("explain", "dpo")
+    assert code == 0
+    for words in (
+        "algorithm dpo - Direct Preference Optimization.",
+        "paper       Rafailov",
+        "formula     L = - log σ",
+        "needs       reference_logps: [N, T]",
+        "setting     beta (default 0.1, above 0): How strongly",
+        "label_smoothing (default 0.0, at least 0, below 0.5)",
+        "differs     TRL 1.16",
+        "from        prefopt-dpo 0.1.0",
+    ):
+        assert words in text
+    both = call("explain", "reward_model")[1]
+    assert "algorithm reward_model" in both
+    assert "reward reward_model" in both
+    assert "path (required)" in both
+    assert "algorithm reward_model" not in call("explain", "reward_model", "--kind", "reward")[1]
