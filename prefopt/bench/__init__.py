@@ -1,0 +1,1 @@
+"""The benchmark harness: worlds, suites, measurements, reports."""
