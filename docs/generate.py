@@ -106,7 +106,13 @@ def algorithms() -> Iterator[str]:
     for entry in load().registry.all():
         if issubclass(entry.cls, Algorithm):
             link = f"[`{entry.cls.name}`]({entry.cls.name}.md)"
-            cells = (link, f"{entry.cls.eats.kind}s", f"`{entry.distribution}`", f"`{entry.cls.formula}`", entry.cls.paper)
+            cells = (
+                link,
+                f"{entry.cls.eats.kind}s",
+                f"`{entry.distribution}`",
+                f"`{entry.cls.formula}`",
+                entry.cls.paper,
+            )
             yield "| " + " | ".join(cell.replace("|", "\\|") if i > 2 else cell for i, cell in enumerate(cells)) + " |"
     yield ""
 

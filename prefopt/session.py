@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as List
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -82,6 +82,7 @@ class Session:
     ranks: Ranks
     folder: RunFolder
     warn: Callable[[str], None]
+    failed_observers: set[str] = field(default_factory=set)
 
     def run(self) -> Result:
         began = time.perf_counter()
@@ -117,6 +118,10 @@ class Session:
             self.plugins.notify(hook, self._observer_failed, **arguments)
 
     def _observer_failed(self, name: str, error: Exception) -> None:
+        """Says so once for each observer."""
+        if name in self.failed_observers:
+            return
+        self.failed_observers.add(name)
         self.warn(f"observer {name} failed and is ignored: {type(error).__name__}: {error}")
 
     # --- putting together -------------------------------------------------------------------------------------------

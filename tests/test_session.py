@@ -310,7 +310,7 @@ def test_a_failing_observer_does_not_stop_a_run(tiny_model, tmp_path):
     warnings: list[str] = []
     result = train(tiny_config(tiny_model, tmp_path / "run", {}, plugins), plugins, warn=warnings.append)
     assert result.outcome == "finished"
-    assert warnings[0] == "observer tracker failed and is ignored: RuntimeError: down"
+    assert warnings == ["observer tracker failed and is ignored: RuntimeError: down"]
 
 
 class Broken:
@@ -319,6 +319,10 @@ class Broken:
     @hookimpl
     def prefopt_run_started(self, run):
         raise RuntimeError("down")
+
+    @hookimpl
+    def prefopt_step_finished(self, run):
+        raise RuntimeError("still down")
 
 
 def test_a_world_gives_its_base_model(tmp_path, plugins):

@@ -111,7 +111,7 @@ def build_report(
 
 
 def commit_of(folder: Path) -> str:
-    """The git commit of the code in `folder`, with `+` when it was changed since; empty outside a checkout."""
+    """The git commit of the code in `folder`, `+` when a tracked file was changed since; empty outside a checkout."""
 
     def git(*arguments: str) -> str:
         command = ("git", "-C", str(folder), *arguments)
@@ -120,7 +120,7 @@ def commit_of(folder: Path) -> str:
 
     try:
         head = git("rev-parse", "HEAD")
-        return f"{head}+" if head and git("status", "--porcelain") else head
+        return f"{head}+" if head and git("status", "--porcelain", "--untracked-files=no") else head
     except (OSError, subprocess.TimeoutExpired):
         return ""
 

@@ -1,0 +1,107 @@
+"""What the documentation says is run: commands, configurations, code, links."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from prefopt.bench.plan import make_plan
+from prefopt.components import Algorithm
+from prefopt.config import run_from
+from prefopt.config.load import validated
+from prefopt.config.models import SuiteConfig
+from prefopt.config.yaml import parse
+from prefopt.testing import check_algorithm
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "benchmarks").glob("*.md")])
+PAGES += sorted((ROOT / "plugins").glob("*/README.md"))
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+
+
+def blocks(page: Path, kind: str) -> list[str]:
+    return [text for found, text in BLOCK.findall(page.read_text("utf-8")) if found == kind]
+
+
+def identity(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+def with_blocks(kind: str) -> list[Path]:
+    return [page for page in PAGES if blocks(page, kind)]
+
+
+@pytest.mark.parametrize("page", [p for p in with_blocks("console") if p.name != "README.md"], ids=identity)
+def test_commands_run_as_written(page, tmp_path):
+    """All commands of a page, in order, in one shell; then its Python, where the commands have led."""
+    commands = [line[2:] for text in blocks(page, "console") for line in text.splitlines() if line.startswith("$ ")]
+    assert commands
+    bin_folder = Path(sys.executable).parent
+    environment = {**os.environ, "PATH": f"{bin_folder}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    after = [] if page.name != "tutorial.md" else [f"python -c '{blocks(page, 'python')[0]}'"]
+    script = "\n".join(["set -e", *commands, *after])
+    done = subprocess.run(
+        ["bash", "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    if after:
+        assert "Shop:" in done.stdout.splitlines()[-1]
+
+
+def test_commands_of_the_readme_are_targets_of_the_makefile():
+    makefile = (ROOT / "Makefile").read_text("utf-8")
+    commands = [line for text in blocks(ROOT / "README.md", "console") for line in text.splitlines()]
+    assert commands == ["$ make quickstart", "$ make test"]
+    for command in commands:
+        assert re.search(rf"^{command.split()[-1]}:", makefile, re.MULTILINE)
+    assert "exec make test" in (ROOT / ".ci" / "run").read_text("utf-8")
+
+
+@pytest.mark.parametrize("page", with_blocks("yaml"), ids=identity)
+def test_configurations_are_valid(page, plugins, tmp_path):
+    for text in blocks(page, "yaml"):
+        document = parse(text, identity(page))
+        if "methods" in document.data:
+            suite = validated(SuiteConfig, document, plugins.find)
+            assert make_plan(suite, document, tmp_path, plugins.find).cells
+        elif "prefopt" in document.data:
+            run_from(document, plugins.find)
+        else:  # a part of a run
+            whole = "prefopt: 1\nmodel: {path: x}\ndata: {source: replies}\nalgorithm: {name: sft}\nrun: {dir: x}\n"
+            run_from(parse(whole, "whole").merged(document), plugins.find)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks/suites").glob("*.yaml")), ids=identity)
+def test_suites_are_valid(path, plugins, tmp_path):
+    document = parse(path.read_text("utf-8"), path.name)
+    suite = validated(SuiteConfig, document, plugins.find)
+    assert suite.name == path.stem
+    assert make_plan(suite, document, tmp_path, plugins.find).cells
+
+
+def test_the_method_of_the_plugin_page_conforms(tmp_path, monkeypatch):
+    code = next(text for text in blocks(ROOT / "docs/how-to/write-a-plugin.md", "python") if "class PullApart" in text)
+    (tmp_path / "pull_apart.py").write_text(code, "utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    check_algorithm(importlib.import_module("pull_apart").PullApart)
+
+
+def test_every_algorithm_has_a_page_of_at_most_60_lines_with_its_formula(plugins):
+    for entry in plugins.registry.all():
+        if issubclass(entry.cls, Algorithm):
+            text = (ROOT / f"docs/algorithms/{entry.cls.name}.md").read_text("utf-8")
+            assert len(text.splitlines()) <= 60
+            assert f"# `{entry.cls.name}`" in text
+            assert "    L = " in text
+
+
+@pytest.mark.parametrize("page", PAGES, ids=identity)
+def test_links_lead_somewhere(page):
+    targets = re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", page.read_text("utf-8"))
+    assert [t for t in targets if "://" not in t and not (page.parent / t).exists()] == []
