@@ -45,7 +45,7 @@ test: $(SETUP)
 	status=$$?; echo "make test: $$(( $$(date +%s) - began )) s"; exit $$status
 
 test-slow: $(SETUP)
-	@$(BIN)/python -m pytest -m slow -n $(WORKERS)
+	@$(BIN)/python -m pytest -m slow --capture=no
 
 docs: $(SETUP)
 	@$(BIN)/python docs/generate.py

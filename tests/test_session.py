@@ -229,7 +229,7 @@ class Unstable(Algorithm):
 
     def loss(self, batch, policy):
         value = batch.mean(policy.logps, "tokens")
-        return Loss(value * float("inf") if float(value) < -1e-9 else value)
+        return Loss(value * float("inf") if value.item() < -1e-9 else value)
 
 
 def test_numbers_that_are_not_finite_stop_the_run_before_the_update(tiny_model, tmp_path):
