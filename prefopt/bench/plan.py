@@ -1,31 +1,25 @@
 """From a suite to the runs and measurements it needs. Pure: nothing is trained and no file is written here.
 
-Every run is known by its content: the hash of its configuration, of the runs it builds on, and of the code of prefopt
-and of its algorithm. Equal runs are trained once; a changed setting, or a changed line of code, makes another run.
+Every run is known by its content: the hash of its configuration, of the runs it builds on, and of what else it depends
+on: code, versions, data files, models. Equal runs are trained once; a change in any of these makes another run.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
-from hashlib import sha256
-from importlib import import_module
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-from prefopt.components import Component
-from prefopt.config import Document, RunConfig, SuiteConfig, resolved, run_from
+from prefopt.bench.content import Find, dependencies, key_of, plain
+from prefopt.config import Document, RunConfig, SuiteConfig, run_from
 from prefopt.config.yaml import Keys
 from prefopt.errors import ConfigError
 
 STAGE = "stage:"
 EXTRAS = ("label", "stage", "best_of")
 """Keys of a method that are not sections of a run."""
-
-Find = Callable[[str, str], type[Component]]
 
 
 @dataclass(frozen=True)
@@ -132,16 +126,16 @@ class _Builder:
                 raise ConfigError(f"`{key}` is set by the suite", where=run.where(tuple(key.split("."))))
         run = run.merged(Document({"prefopt": 1, "run": {"dir": str(self.out / "run"), "seed": seed}}))
         config = run_from(run, self.find)
-        plain = resolved(config)
+        data = plain(config)
         needs = tuple(
-            self._stage(name, stages, run.where(_path_to(f"{STAGE}{name}", run.data))).key for name in _stages_in(plain)
+            self._stage(name, stages, run.where(_path_to(f"{STAGE}{name}", run.data))).key for name in _stages_in(data)
         )
-        named = {f"{STAGE}{name}": key for name, key in zip(_stages_in(plain), needs, strict=True)}
-        del plain["run"]["dir"]
-        key = _key({"config": _replaced(plain, named), "code": code_of(config)})
-        plain = _replaced(plain, {old: str(model_folder(self.out, k)) for old, k in named.items()})
-        plain["run"]["dir"] = str(run_folder(self.out, key))
-        job = Job(key, title, run_from(Document(plain), self.find), tuple(dict.fromkeys(needs)))
+        named = {f"{STAGE}{name}": key for name, key in zip(_stages_in(data), needs, strict=True)}
+        del data["run"]["dir"]
+        key = key_of({"config": _replaced(data, named), "depends": dependencies(config, self.find)})
+        data = _replaced(data, {old: str(model_folder(self.out, k)) for old, k in named.items()})
+        data["run"]["dir"] = str(run_folder(self.out, key))
+        job = Job(key, title, run_from(Document(data), self.find), tuple(dict.fromkeys(needs)))
         return self.plan.jobs.setdefault(key, job)
 
     @staticmethod
@@ -160,10 +154,6 @@ def run_folder(out: Path, key: str) -> Path:
 def model_folder(out: Path, key: str) -> Path:
     """Where its model is."""
     return run_folder(out, key) / "model"
-
-
-def _key(facts: Mapping[str, Any]) -> str:
-    return sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _stages_in(node: Any) -> list[str]:
@@ -191,22 +181,3 @@ def _replaced(node: Any, names: Mapping[str, str]) -> Any:
     if isinstance(node, list):
         return [_replaced(item, names) for item in node]
     return names.get(node, node) if isinstance(node, str) else node
-
-
-def code_of(config: RunConfig) -> str:
-    """The fingerprint of the code a run depends on: prefopt and the packages of its components."""
-    components = (config.algorithm, config.data.source, *((config.sampler,) if config.sampler else ()))
-    packages = {"prefopt", *(type(c).__module__.partition(".")[0] for c in components)}
-    return sha256("".join(_fingerprint(name) for name in sorted(packages)).encode()).hexdigest()[:16]
-
-
-@cache
-def _fingerprint(package: str) -> str:
-    """A hash of every source file of a package."""
-    origin = import_module(package).__file__ or ""
-    path = Path(origin)
-    files = sorted(path.parent.rglob("*.py")) if path.name == "__init__.py" else [path]
-    total = sha256()
-    for file in files:
-        total.update(str(file.relative_to(path.parent)).encode() + b"\0" + file.read_bytes() + b"\0")
-    return total.hexdigest()

@@ -12,9 +12,11 @@ from typing import Any, Literal
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from pydantic import BaseModel, ConfigDict
 
+from prefopt.bench.content import plain
 from prefopt.bench.plots import Point, forest, scatter
 from prefopt.bench.stats import FEWEST_SEEDS, Interval, t_interval
-from prefopt.config import SuiteConfig, dump, resolved
+from prefopt.config import SuiteConfig, dump
+from prefopt.errors import redact
 from prefopt.registry import Registry
 
 HEADLINE = ("gold_reward", "win_rate", "kl_sequence", "length")
@@ -96,18 +98,19 @@ class Report(_Typed):
 def build_report(
     suite: SuiteConfig, cells: Sequence[CellResult], failures: Sequence[Failure], registry: Registry
 ) -> Report:
-    """Cells with the commit they were made at, and their summary over seeds."""
+    """Cells with the commit they were made at, and their summary over seeds; no secrets."""
     commit = commit_of(Path(registry.find("algorithm", "sft").source).parent)
     signed = [cell.model_copy(update={"commit": commit}) for cell in cells]
-    return Report(
+    report = Report(
         suite=suite.name,
         commit=commit,
         seeds=list(suite.seeds),
-        configuration=resolved(suite),
+        configuration=plain(suite),
         summary=[_summary(group) for group in _groups(signed)],
         cells=signed,
         failures=list(failures),
     )
+    return Report.model_validate(redact(report.model_dump(mode="json")))
 
 
 def commit_of(folder: Path) -> str:

@@ -9,19 +9,23 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
-from hashlib import sha256
+from functools import cached_property
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 from prefopt.bench.cells import warm, work
+from prefopt.bench.content import Find, dependencies, key_of, plain
 from prefopt.bench.plan import Cell, Plan, make_plan, model_folder, run_folder
 from prefopt.bench.report import CellResult, Failure, Report, build_report, table, to_html
-from prefopt.config import SuiteConfig, allowed_plugins, load_suite, resolved
+from prefopt.config import SuiteConfig, allowed_plugins, load_suite
 from prefopt.engine.folder import write_text
-from prefopt.errors import ResourceError
+from prefopt.errors import ResourceError, redact
 from prefopt.plugins import load
 from prefopt.preflight import check
+
+MEASURED = ("tasks", "sampler", "prompts", "held_out")
+"""The keys of a suite that say how to measure."""
 
 
 def run_suite(path: Path, overrides: Sequence[str] = (), out: Path | None = None) -> Iterator[str]:
@@ -39,7 +43,7 @@ def run_suite(path: Path, overrides: Sequence[str] = (), out: Path | None = None
     for job in plan.jobs.values():
         check(job.config, plugins.registry, promised={str(model_folder(folder, key)) for key in job.needs})
     _make_folders(folder)
-    execution = Execution(suite, plan, folder, list(allow) if allow is not None else None)
+    execution = Execution(suite, plan, folder, list(allow) if allow is not None else None, plugins.find)
     yield from execution.run()
     report = build_report(suite, execution.results, execution.failures, plugins.registry)
     write_report(report, folder)
@@ -71,6 +75,7 @@ class Execution:
     plan: Plan
     out: Path
     allow: list[str] | None
+    find: Find
     results: list[CellResult] = field(default_factory=list)
     failures: list[Failure] = field(default_factory=list)
 
@@ -88,29 +93,39 @@ class Execution:
     def _tasks(self) -> dict[str, Task]:
         """Every training run, then every measurement, each with the tasks it waits for."""
         runs = {
-            key: Task(f"train {job.title}", {"train": resolved(job.config)}, job.needs)
+            key: Task(f"train {job.title}", {"train": plain(job.config)}, job.needs)
             for key, job in self.plan.jobs.items()
         }
         measures = {self.cell_key(cell): self._measurement(cell) for cell in self.plan.cells}
         return runs | measures
 
+    @cached_property
+    def _measured(self) -> dict[str, Any]:
+        """How every cell is measured."""
+        return {key: value for key, value in plain(self.suite).items() if key in MEASURED}
+
+    @cached_property
+    def _depends(self) -> dict[str, Any]:
+        """What measurements depend on beside their configuration and the models they measure."""
+        return dependencies([getattr(self.suite, key) for key in MEASURED], self.find)
+
     def _measurement(self, cell: Cell) -> Task:
-        suite = resolved(self.suite)
-        request = {key: suite[key] for key in ("tasks", "sampler", "prompts", "held_out")}
-        request |= {"seed": cell.seed, "baseline": str(model_folder(self.out, cell.baseline))}
         model = str(model_folder(self.out, cell.job))
         rewarding = cell.best_of is not None
-        request |= {"policy": None if rewarding else model, "reward": model if rewarding else None}
-        request["best_of"] = cell.best_of
-        title = f"measure {cell.label}, seed {cell.seed}"
-        return Task(title, {"measure": request}, (cell.job, cell.baseline))
+        request = {
+            **self._measured,
+            "seed": cell.seed,
+            "baseline": str(model_folder(self.out, cell.baseline)),
+            "policy": None if rewarding else model,
+            "reward": model if rewarding else None,
+            "best_of": cell.best_of,
+        }
+        return Task(f"measure {cell.label}, seed {cell.seed}", {"measure": request}, (cell.job, cell.baseline))
 
     def cell_key(self, cell: Cell) -> str:
-        """The content address of a measurement: what is measured, how, and on which runs."""
-        suite = resolved(self.suite)
-        facts = {key: suite[key] for key in ("tasks", "sampler", "prompts", "held_out")}
+        """The content address of a measurement: what is measured, how, on which runs, and what else that depends on."""
         runs = [cell.job, cell.baseline, cell.best_of, cell.seed, cell.label, dict(cell.settings)]
-        return sha256(json.dumps([facts, runs], sort_keys=True).encode()).hexdigest()[:16]
+        return key_of([self._measured, self._depends, runs])
 
     def _done(self, key: str) -> bool:
         return (run_folder(self.out, key) / "result.json").exists() or self._cell_file(key).exists()
@@ -156,7 +171,7 @@ class Execution:
             self.failures += [Failure(title=task.title, problem=problem) for problem in answer["error"]]
             return False
         if "measure" in task.request:
-            write_text(self._cell_file(key), json.dumps(answer, indent=1, ensure_ascii=False) + "\n")
+            write_text(self._cell_file(key), json.dumps(redact(answer), indent=1, ensure_ascii=False) + "\n")
         return True
 
     # --- collecting --------------------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from prefopt.bench.plan import _fingerprint, make_plan
+from prefopt.bench.plan import make_plan
 from prefopt.config.load import validated
 from prefopt.config.models import SuiteConfig
 from prefopt.config.yaml import apply_overrides, parse
@@ -87,15 +87,21 @@ def test_a_run_is_known_by_its_content(plugins, tmp_path):
     assert not set(deeper.jobs) & set(first.jobs)  # what builds on another stage is another run
 
 
-def test_a_changed_line_of_code_makes_another_run(tmp_path, monkeypatch):
-    package = tmp_path / "some_method"
-    package.mkdir()
-    (package / "__init__.py").write_text("x = 1\n")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    before = _fingerprint("some_method")
-    (package / "__init__.py").write_text("x = 2\n")
-    _fingerprint.cache_clear()
-    assert _fingerprint("some_method") != before
+def test_a_run_is_other_work_when_its_data_change_under_the_same_name(plugins, tmp_path):
+    data = tmp_path / "pairs.jsonl"
+    data.write_text("{}\n")
+    over = f"base.data={{source: jsonl, path: {data}}}"
+    first = plan(plugins, tmp_path, over)
+    data.write_text('{"prompt": "p"}\n')
+    second = plan(plugins, tmp_path, over)
+    same = [a.job == b.job for a, b in zip(first.cells, second.cells, strict=True)]
+    assert same == [True, False, False] * 2
+
+
+def test_what_looks_like_a_secret_is_still_what_is_run(plugins, tmp_path, monkeypatch):
+    monkeypatch.setenv("MADE_UP_TOKEN", tmp_path.name)
+    made = plan(plugins, tmp_path)
+    assert all(job.config.run.dir == str(tmp_path / "store" / key) for key, job in made.jobs.items())
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from prefopt.bench.report import (
     Failure,
     Report,
     Summary,
+    build_report,
     commit_of,
     name_of,
     printable,
@@ -21,6 +22,10 @@ from prefopt.bench.report import (
     to_html,
 )
 from prefopt.bench.stats import Interval
+from prefopt.bench.suite import write_report
+from prefopt.config.load import validated
+from prefopt.config.models import SuiteConfig
+from prefopt.config.yaml import parse
 
 PAYLOADS = [
     "<script>alert(1)</script>",
@@ -34,6 +39,18 @@ PAYLOADS = [
     "]]><iframe src=//evil>",
     "&lt;b&gt;",
 ]
+
+SMALL = """\
+prefopt: 1
+name: small
+world: {{name: replies}}
+seeds: [0, 1, 2]
+baseline: sft
+base: {{model: {{path: "{secret}"}}}}
+methods: [{{label: DPO}}]
+tasks: [{{name: length}}]
+held_out: {{source: replies}}
+"""
 
 
 def interval(mean: float) -> Interval:
@@ -171,3 +188,18 @@ def test_plots_put_means_between_the_ends_of_their_intervals():
 
 def test_the_commit_of_a_folder_that_is_no_checkout(tmp_path):
     assert commit_of(tmp_path) == ""
+
+
+SECRET = "hf_" + "abcdefgh" * 3
+
+
+def test_no_secret_is_in_a_report(plugins, tmp_path, monkeypatch):
+    monkeypatch.setenv("MADE_UP_PASSWORD", "open sesame")
+    made = report(label=SECRET, reply="open sesame")
+    suite = validated(SuiteConfig, parse(SMALL.format(secret=SECRET), "suite.yaml"), plugins.find)
+    write_report(build_report(suite, made.cells, made.failures, plugins.registry), tmp_path)
+    for name in ("report.json", "report.html"):
+        text = (tmp_path / name).read_text("utf-8")
+        assert SECRET not in text
+        assert "open sesame" not in text
+        assert text.count("[redacted]") > 5

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
 
+from prefopt.bench.plan import Plan
 from prefopt.bench.report import Report
-from prefopt.bench.suite import run_suite
+from prefopt.bench.suite import Execution, Task, run_suite
+from prefopt.config.load import validated
+from prefopt.config.models import SuiteConfig
+from prefopt.config.yaml import parse
 from prefopt.errors import ConfigError, ResourceError
 
 SUITE = """\
@@ -49,9 +54,12 @@ workers: 2
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory) -> tuple[Path, list[str]]:
-    root = tmp_path_factory.mktemp("suite")
+    """A suite that has run, in a folder whose name happens to be a secret."""
+    root = tmp_path_factory.mktemp("secret-suite")
     (root / "suite.yaml").write_text(SUITE)
-    return root, list(run_suite(root / "suite.yaml", out=root / "out"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MADE_UP_TOKEN", root.name)
+        return root, list(run_suite(root / "suite.yaml", out=root / "out"))
 
 
 @pytest.fixture
@@ -137,3 +145,14 @@ def test_a_cell_that_fails_is_reported_and_the_others_are_kept(ran, tmp_path):
         "measure DPO <b>, seed 0"
     ]
     assert "needs `train DPO &lt;b&gt;, seed 0`, which failed" in (tmp_path / "out/report.html").read_text()
+
+
+def test_no_secret_is_in_the_file_of_a_cell(tmp_path, plugins):
+    secret = "hf_" + "abcdefgh" * 3
+    suite = validated(SuiteConfig, parse(SUITE, "suite.yaml"), plugins.find)
+    execution = Execution(suite, Plan(), tmp_path, None, plugins.find)
+    (tmp_path / "cells").mkdir()
+    future: Future[str] = Future()
+    future.set_result(json.dumps({"metrics": {}, "samples": [{"prompt": "p", "reply": secret}]}))
+    assert execution._settle("key", Task("measure it", {"measure": {}}, ()), future)
+    assert json.loads((tmp_path / "cells/key.json").read_text())["samples"] == [{"prompt": "p", "reply": "[redacted]"}]
