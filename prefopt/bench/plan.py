@@ -6,7 +6,8 @@ on: code, versions, data files, models. Equal runs are trained once; a change in
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
@@ -20,6 +21,10 @@ from prefopt.errors import ConfigError
 STAGE = "stage:"
 EXTRAS = ("label", "stage", "best_of")
 """Keys of a method that are not sections of a run."""
+OWN = ("prefopt", "plugins", "run.seed", "run.dir")
+"""Keys of a run that the suite sets."""
+SHORT = ("algorithm", "sampler")
+"""Sections that may be a name alone: `algorithm: dpo` is `algorithm: {name: dpo}`."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,11 @@ class Cell:
     baseline: str
     best_of: int | None = None
 
+    @property
+    def row(self) -> tuple[str, Mapping[str, Any]]:
+        """What a report tells it by: cells that differ in nothing but their seed make up one row."""
+        return self.label, self.settings
+
 
 @dataclass
 class Plan:
@@ -67,23 +77,62 @@ def make_plan(suite: SuiteConfig, document: Document, out: Path, find: Find) -> 
     if suite.baseline not in suite.stages:
         raise ConfigError(f"the baseline `{suite.baseline}` is not a stage", where=document.where(("baseline",)))
     builder = _Builder(document, out, find)
+    methods = [_Method.read(document.at("methods", i)) for i in range(len(suite.methods))]
     for seed in suite.seeds:
         stages: dict[str, Job] = {}
         for name in suite.stages:
             stages[name] = builder.job(f"{name}, seed {seed}", document.at("stages", name), seed, stages)
-        for method, settings in _variants(document, len(suite.methods)):
-            builder.cell(method, settings, seed, stages, suite.baseline)
+        for method in methods:
+            for settings in _combinations(document) if method.stage is None else [{}]:
+                builder.cell(method, settings, seed, stages, suite.baseline)
     return builder.plan
 
 
-def _variants(document: Document, methods: int) -> Iterator[tuple[Document, dict[str, Any]]]:
-    """Each method in each combination of the axes, as a document, with the settings that make the combination."""
+def _combinations(document: Document) -> Iterator[dict[str, Any]]:
+    """Every combination of the axes."""
     axes = document.at("axes").data or {}
-    for i in range(methods):
-        method = document.at("methods", i)
-        for values in product(*axes.values()):
-            settings = dict(zip(axes, values, strict=True))
-            yield method, settings if "stage" not in method.data else {}
+    for values in product(*axes.values()):
+        yield dict(zip(axes, values, strict=True))
+
+
+@dataclass(frozen=True)
+class _Method:
+    """A method as it is written: a stage to measure as it is, or the sections that make it differ from the base."""
+
+    written: Document
+    label: str | None
+    stage: str | None
+    best_of: int | None
+    sections: Document
+
+    @classmethod
+    def read(cls, written: Document) -> _Method:
+        """Raises `ConfigError` for anything that is not what it should be, or would do nothing."""
+        label, stage, best_of = (written.data.get(key) for key in EXTRAS)
+        for key, value in (("label", label), ("stage", stage)):
+            if value is not None and not (isinstance(value, str) and value):
+                raise ConfigError(f"`{key}` must be text", where=written.where((key,)))
+        if best_of is not None and (isinstance(best_of, bool) or not isinstance(best_of, int) or best_of < 2):
+            raise ConfigError("`best_of` is a number of replies, at least 2", where=written.where(("best_of",)))
+        others = [key for key in written.data if key not in EXTRAS]
+        if stage is not None and others:
+            what = f"`{others[0]}` does nothing beside `stage`: a stage is measured as it is"
+            raise ConfigError(what, where=written.where((others[0],)))
+        return cls(written, label, stage, best_of, _sections(written, others))
+
+
+def _sections(written: Document, keys: Iterable[str]) -> Document:
+    """The sections of a run, short forms written out. Raises `ConfigError` for one that is no mapping: what is merged
+    with it would silently replace it."""
+    out = Document({}, {(): written.where(())})
+    for key in keys:
+        part = written.at(key)
+        if key in SHORT and isinstance(part.data, str):
+            part = Document({"name": part.data}, {(): part.where(()), ("name",): part.where(())})
+        elif key in RunConfig.model_fields and key not in OWN and not isinstance(part.data, dict | None):
+            raise ConfigError(f"`{key}` is a section with keys of its own", where=part.where(()))
+        out.put((key,), part)
+    return out
 
 
 @dataclass
@@ -94,34 +143,44 @@ class _Builder:
     plan: Plan = field(default_factory=Plan)
 
     def cell(
-        self, method: Document, settings: dict[str, Any], seed: int, stages: Mapping[str, Job], baseline: str
+        self, method: _Method, settings: dict[str, Any], seed: int, stages: Mapping[str, Job], baseline: str
     ) -> None:
         """Adds a cell, and its run unless it measures a stage as it is."""
-        extras = {key: method.data.get(key) for key in EXTRAS}
-        if extras["stage"] is not None:
-            job = self._stage(str(extras["stage"]), stages, method.where(("stage",)))
+        where = method.written.where(())
+        if method.stage is not None:
+            job = self._stage(method.stage, stages, method.written.where(("stage",)))
         else:
-            sections = Document({k: v for k, v in method.data.items() if k not in EXTRAS}, method.places)
-            run = self.document.at("base").merged(sections)
-            for path, value in settings.items():
-                where = self.document.where(("axes", path))
-                run.put(tuple(path.split(".")), Document(value, {(): where}))
-            title = str(extras["label"] or run.data.get("algorithm", {}).get("name", "?"))
-            job = self.job(f"{title}, seed {seed}", run, seed, stages)
-        best_of = extras["best_of"]
-        if best_of is not None and not (isinstance(best_of, int) and best_of >= 2):
-            raise ConfigError("`best_of` is a number of replies, at least 2", where=method.where(("best_of",)))
-        if job.config.algorithm.trains_reward != (best_of is not None):
-            raise ConfigError("a method needs `best_of` exactly when it trains a reward model", where=method.where(()))
-        label = str(extras["label"] or job.config.algorithm.name)
+            base = self.document.at("base")
+            run = self._varied(_sections(base, base.data).merged(method.sections), settings)
+            job = self.job(f"{method.label or _algorithm(run)}, seed {seed}", run, seed, stages)
         name = job.config.algorithm.name
-        new = Cell(label, name, seed, settings, job.key, stages[baseline].key, best_of)
-        if new not in self.plan.cells:
+        if job.config.algorithm.trains_reward != (method.best_of is not None):
+            raise ConfigError("a method needs `best_of` exactly when it trains a reward model", where=where)
+        new = Cell(method.label or name, name, seed, settings, job.key, stages[baseline].key, method.best_of)
+        twin = next((c for c in self.plan.cells if c.row == new.row and c.seed == seed), None)
+        if twin is None:
             self.plan.cells.append(new)
+        elif twin != new:
+            what = f"another method is called `{new.label}` too: one row would mix the results of both"
+            raise ConfigError(what, where=method.written.where(("label",)), fix="Give each a `label` of its own.")
+
+    def _varied(self, run: Document, settings: Mapping[str, Any]) -> Document:
+        """A run with the settings of one combination of the axes."""
+        for path, value in settings.items():
+            where = self.document.where(("axes", path))
+            keys = tuple(int(key) if key.isdigit() else key for key in path.split("."))
+            try:
+                run.put(keys, Document(deepcopy(value), {(): where}))
+            except KeyError as error:
+                what = f"`{path}` leads nowhere: {error.args[0]!r} is not in a section"
+                raise ConfigError(what, where=where) from None
+            run = _sections(run, run.data)
+        return run
 
     def job(self, title: str, run: Document, seed: int, stages: Mapping[str, Job]) -> Job:
         """Adds a run. References to stages become the folders of their models."""
-        for key in ("prefopt", "run.seed", "run.dir"):
+        run = _sections(run, run.data)
+        for key in OWN:
             if run.at(*key.split(".")).data not in ({}, None):
                 raise ConfigError(f"`{key}` is set by the suite", where=run.where(tuple(key.split("."))))
         run = run.merged(Document({"prefopt": 1, "run": {"dir": str(self.out / "run"), "seed": seed}}))
@@ -144,6 +203,11 @@ class _Builder:
             known = ", ".join(stages) or "none yet"
             raise ConfigError(f"there is no stage `{name}` before this run", where=where, fix=f"Stages: {known}.")
         return stages[name]
+
+
+def _algorithm(run: Document) -> str:
+    name = run.at("algorithm", "name").data
+    return name if isinstance(name, str) else "?"
 
 
 def run_folder(out: Path, key: str) -> Path:

@@ -104,6 +104,29 @@ def test_what_looks_like_a_secret_is_still_what_is_run(plugins, tmp_path, monkey
     assert all(job.config.run.dir == str(tmp_path / "store" / key) for key, job in made.jobs.items())
 
 
+def test_the_short_form_of_an_algorithm_is_the_long_one(plugins, tmp_path):
+    long = plan(plugins, tmp_path, "methods=[{algorithm: {name: reward_model, centre: 0.1}, best_of: 4}]")
+    over = "methods=[{algorithm: reward_model, best_of: 4}]"
+    assert [c.job for c in plan(plugins, tmp_path, over, "base.algorithm={name: reward_model, centre: 0.1}").cells] == [
+        c.job for c in long.cells
+    ]
+    made = plan(plugins, tmp_path, "base.algorithm=sft", "methods=[{algorithm: dpo}]", "axes={algorithm.beta: [0.5]}")
+    assert {made.jobs[c.job].config.algorithm.beta for c in made.cells} == {0.5}
+    made = plan(plugins, tmp_path, "methods=[{label: x}]", "axes={algorithm: [dpo, sft]}")
+    assert [made.jobs[c.job].config.algorithm.name for c in made.cells[:2]] == ["dpo", "sft"]
+
+
+def test_the_same_method_twice_is_one(plugins, tmp_path):
+    assert len(plan(plugins, tmp_path, "methods=[{label: DPO}, {label: DPO}]", "seeds=[0]").cells) == 1
+
+
+def test_a_pooled_row_is_located_in_the_file(plugins, tmp_path):
+    text = SUITE.replace("{label: DPO}", "{label: SFT}")
+    document = parse(text, "suite.yaml")
+    with pytest.raises(ConfigError, match="suite.yaml:18:6: another method is called `SFT` too"):
+        make_plan(validated(SuiteConfig, document, plugins.find), document, tmp_path, plugins.find)
+
+
 @pytest.mark.parametrize(
     ("override", "words", "where"),
     [
@@ -117,11 +140,29 @@ def test_what_looks_like_a_secret_is_still_what_is_run(plugins, tmp_path, monkey
         ("methods.1.best_of=4", "exactly when it trains a reward model", "suite.yaml:18:5"),
         ("axes={optim.lr: [x]}", "`optim.lr` must be a valid number", "override `axes`"),
         ("methods.1.algorithm.name=dop", "unknown algorithm `dop`", "override `methods.1.algorithm.name`"),
+        ("methods.1.label=SFT", "another method is called `SFT` too", "override `methods.1.label`"),
+        ("methods=[{algorithm: {beta: 0.1}}, {algorithm: {beta: 0.5}}]", "is called `dpo` too", "override `methods`"),
+        ("methods=[{algorithm: 3}]", "`algorithm` is a section", "override `methods`"),
+        ("methods=[{algorithm: dop}]", "unknown algorithm `dop`", "override `methods`"),
+        ("methods=[{label: [DPO]}]", "`label` must be text", "override `methods`"),
+        ("methods=[{stage: 3}]", "`stage` must be text", "override `methods`"),
+        ("methods.0.optim={lr: 1e-3}", "`optim` does nothing beside `stage`", "override `methods.0.optim`"),
+        ("methods.2.best_of=true", "at least 2", "override `methods.2.best_of`"),
+        ("base.run=3", "`run` is a section", "override `base.run`"),
+        ("base.optim=3", "`optim` is a section", "override `base.optim`"),
+        ("stages.sft.run=x", "`run` is a section", "override `stages.sft.run`"),
+        ("base.plugins={allow: [x]}", "`plugins` is set by the suite", "override `base.plugins`"),
+        ("axes={algorithm.name.x: [1]}", "`algorithm.name.x` leads nowhere", "override `axes`"),
+        ("axes={algorithm.beta.0: [1]}", "leads nowhere", "override `axes`"),
+        ("axes={optim.betas.x: [1]}", "leads nowhere", "override `axes`"),
+        ("axes={run: [3]}", "`run` is a section", "override `axes`"),
+        ("axes={run.seed: [3]}", "`run.seed` is set by the suite", "override `axes`"),
+        ("axes={'': [3]}", "unknown key ``", "override `axes`"),
     ],
 )
 def test_what_is_wrong_in_a_suite_is_located(plugins, tmp_path, override, words, where):
     with pytest.raises(ConfigError) as caught:
-        plan(plugins, tmp_path, override)
+        plan(plugins, tmp_path, "base.optim.betas=[0.9, 0.99]", "base.algorithm.beta=0.2", override)
     problem = caught.value.problems[0]
     assert words in problem.what
     assert problem.where == where
