@@ -11,7 +11,6 @@ from prefopt.errors import ConfigError
 SUITE = """\
 prefopt: 1
 name: small
-world: {name: replies}
 seeds: [0, 1]
 baseline: sft
 stages:
@@ -123,13 +122,14 @@ def test_the_same_method_twice_is_one(plugins, tmp_path):
 def test_a_pooled_row_is_located_in_the_file(plugins, tmp_path):
     text = SUITE.replace("{label: DPO}", "{label: SFT}")
     document = parse(text, "suite.yaml")
-    with pytest.raises(ConfigError, match="suite.yaml:18:6: another method is called `SFT` too"):
+    with pytest.raises(ConfigError, match="suite.yaml:17:6: another method is called `SFT` too"):
         make_plan(validated(SuiteConfig, document, plugins.find), document, tmp_path, plugins.find)
 
 
 @pytest.mark.parametrize(
     ("override", "words", "where"),
     [
+        ("world={name: replies}", "unknown key `world`", "override `world`"),
         ("baseline=dpo", "baseline `dpo` is not a stage", "override `baseline`"),
         ('base.model.path="stage:none"', "there is no stage `none` before this run", "override `base.model.path`"),
         ("methods.0.stage=none", "there is no stage `none`", "override `methods.0.stage`"),
@@ -137,7 +137,7 @@ def test_a_pooled_row_is_located_in_the_file(plugins, tmp_path):
         ("base.optim.lr=-1", "must be greater than 0", "override `base.optim.lr`"),
         ("base.optm.lr=1", "unknown key `optm`", "override `base.optm.lr`"),
         ("methods.2.best_of=1", "at least 2", "override `methods.2.best_of`"),
-        ("methods.1.best_of=4", "exactly when it trains a reward model", "suite.yaml:18:5"),
+        ("methods.1.best_of=4", "exactly when it trains a reward model", "suite.yaml:17:5"),
         ("axes={optim.lr: [x]}", "`optim.lr` must be a valid number", "override `axes`"),
         ("methods.1.algorithm.name=dop", "unknown algorithm `dop`", "override `methods.1.algorithm.name`"),
         ("methods.1.label=SFT", "another method is called `SFT` too", "override `methods.1.label`"),

@@ -43,7 +43,6 @@ PAYLOADS = [
 SMALL = """\
 prefopt: 1
 name: small
-world: {{name: replies}}
 seeds: [0, 1, 2]
 baseline: sft
 base: {{model: {{path: "{secret}"}}}}

@@ -19,7 +19,6 @@ from prefopt.errors import ConfigError, ResourceError
 SUITE = """\
 prefopt: 1
 name: small
-world: {name: replies}
 seeds: [0, 1, 2]
 baseline: sft
 stages:
