@@ -76,7 +76,8 @@ def make_plan(suite: SuiteConfig, document: Document, out: Path, find: Find) -> 
     """The plan of a suite whose runs are kept under `out`. Raises `ConfigError` for anything wrong in any run."""
     if suite.baseline not in suite.stages:
         raise ConfigError(f"the baseline `{suite.baseline}` is not a stage", where=document.where(("baseline",)))
-    builder = _Builder(document, out, find)
+    base = document.at("base")
+    builder = _Builder(document, _sections(base, base.data), out, find)
     methods = [_Method.read(document.at("methods", i)) for i in range(len(suite.methods))]
     for seed in suite.seeds:
         stages: dict[str, Job] = {}
@@ -138,6 +139,7 @@ def _sections(written: Document, keys: Iterable[str]) -> Document:
 @dataclass
 class _Builder:
     document: Document
+    base: Document
     out: Path
     find: Find
     plan: Plan = field(default_factory=Plan)
@@ -150,8 +152,7 @@ class _Builder:
         if method.stage is not None:
             job = self._stage(method.stage, stages, method.written.where(("stage",)))
         else:
-            base = self.document.at("base")
-            run = self._varied(_sections(base, base.data).merged(method.sections), settings)
+            run = self._varied(self.base.merged(method.sections), settings)
             job = self.job(f"{method.label or _algorithm(run)}, seed {seed}", run, seed, stages)
         name = job.config.algorithm.name
         if job.config.algorithm.trains_reward != (method.best_of is not None):
