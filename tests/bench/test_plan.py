@@ -99,8 +99,9 @@ def test_a_run_is_other_work_when_its_data_change_under_the_same_name(plugins, t
 
 def test_what_looks_like_a_secret_is_still_what_is_run(plugins, tmp_path, monkeypatch):
     monkeypatch.setenv("MADE_UP_TOKEN", tmp_path.name)
-    made = plan(plugins, tmp_path)
-    assert all(job.config.run.dir == str(tmp_path / "store" / key) for key, job in made.jobs.items())
+    data = str(tmp_path / "pairs.jsonl")
+    made = plan(plugins, tmp_path, f"base.data={{source: jsonl, path: {data}}}", "methods=[{label: DPO}]", "seeds=[0]")
+    assert made.jobs[made.cells[0].job].config.data.source.path == data
 
 
 def test_the_short_form_of_an_algorithm_is_the_long_one(plugins, tmp_path):
