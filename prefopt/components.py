@@ -330,12 +330,10 @@ class Recipe:
 
 
 class World(Component):
-    """A bundle for experiments: the names of its data source, gold reward and annotators, and a base model."""
+    """A base model to begin experiments with. The rest of a world, its data source, gold reward and annotators, are
+    components like any other, used by name."""
 
     kind: ClassVar[str] = "world"
-    source: ClassVar[str] = ""
-    gold: ClassVar[str] = ""
-    judge: ClassVar[str] = ""
 
     def recipe(self) -> Recipe:
         """The base model every run in this world starts from; its weights are drawn from the run's seed."""

@@ -68,7 +68,7 @@ def prefopt_tasks() -> Sequence[type[Task]]:  # type: ignore[empty-body]
 
 @hookspec
 def prefopt_worlds() -> Sequence[type[World]]:  # type: ignore[empty-body]
-    """Worlds, selected by `model: {path: "world:NAME"}` and by suites."""
+    """Worlds, selected by `model: {path: "world:NAME"}`."""
 
 
 @hookspec

@@ -18,7 +18,6 @@ ROOT = Path(__file__).parents[1]
 SUITE = """\
 prefopt: 1
 name: outside
-world: {name: replies}
 seeds: [0]
 baseline: sft
 stages:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as List
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any
+from traceback import format_exc
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field, NonNegativeInt, PositiveInt
@@ -22,10 +24,11 @@ from prefopt.config.yaml import Document
 from prefopt.data.adapt import adapt
 from prefopt.data.render import Renderer
 from prefopt.engine.measure import Draws, Measured
+from prefopt.engine.memory import peak_bytes, reset_peak
 from prefopt.engine.models import Model, open_model
 from prefopt.engine.rollout import draw
 from prefopt.engine.services import EngineServices, RewardModel
-from prefopt.errors import PrefoptError
+from prefopt.errors import DataError, PrefoptError, ResourceError
 from prefopt.plugins import Plugins, load
 from prefopt.rows import Prompt, Rollout, Row, show_text
 from prefopt.session import default_sampler, train
@@ -48,6 +51,7 @@ class Measurement(Section):
     sampler: Sampler | None
     prompts: PositiveInt
     held_out: DataConfig
+    device: Literal["auto", "cpu", "cuda"] = "auto"
 
 
 def warm(allow: list[str] | None) -> None:
@@ -59,18 +63,19 @@ def warm(allow: list[str] | None) -> None:
 
 
 def work(task: str) -> str:
-    """Carries out one task, `{"train": CONFIG}` or `{"measure": MEASUREMENT}`, as JSON; so is the answer."""
+    """Carries out one task, `{"train": CONFIG}` or `{"measure": MEASUREMENT}`, as JSON; so is the answer. Whatever goes
+    wrong is an answer too, with the traceback when it is not a `PrefoptError`."""
     assert _plugins is not None, "the worker was not prepared"
     request = json.loads(task)
     try:
         if "train" in request:
-            answer = _train(request["train"], _plugins)
-        else:
-            measurement = validated(Measurement, Document(request["measure"]), _plugins.find)
-            answer = measure(measurement, _plugins)
+            return json.dumps(_train(request["train"], _plugins))
+        measurement = validated(Measurement, Document(request["measure"]), _plugins.find)
+        return json.dumps(measure(measurement, _plugins), allow_nan=False)
     except PrefoptError as error:
-        answer = {"error": [str(problem) for problem in error.problems], "exit_code": error.exit_code}
-    return json.dumps(answer)
+        return json.dumps({"error": [str(problem) for problem in error.problems]})
+    except Exception as error:
+        return json.dumps({"error": [f"{type(error).__name__}: {error}"], "traceback": format_exc()})
 
 
 def _train(config: Mapping[str, Any], plugins: Plugins) -> dict[str, Any]:
@@ -81,29 +86,42 @@ def _train(config: Mapping[str, Any], plugins: Plugins) -> dict[str, Any]:
 
 
 def measure(measurement: Measurement, plugins: Plugins) -> dict[str, Any]:
-    """Metrics, sample replies, and the tokens that sampling the answers took beyond one reply each."""
+    """Metrics, sample replies, and what answering cost beyond drawing one reply. A measurement that is not a finite
+    number is left out."""
     bench = _Bench(measurement, plugins)
     subject = bench.subject()
     metrics: dict[str, float] = {}
     for task in measurement.tasks:
-        metrics |= task.evaluate(subject)
-    return {"metrics": metrics, "samples": _samples(subject), "sampled": bench.sampled, "scored": bench.scored}
+        metrics |= {name: float(x) for name, x in task.evaluate(subject).items() if math.isfinite(x)}
+    return {"metrics": metrics, "samples": _samples(subject), "answering": asdict(bench.answering)}
+
+
+@dataclass(frozen=True)
+class Answering:
+    """What best-of-n took to answer: tokens of the replies it drew and did not give, tokens its reward model read,
+    seconds of drawing and scoring, and the most memory in use meanwhile. All zero when a policy answers."""
+
+    sampled: int = 0
+    scored: int = 0
+    seconds: float = 0.0
+    peak_memory_bytes: int = 0
 
 
 @dataclass
 class _Bench:
-    """The models of one measurement; `sampled` and `scored` count the tokens that best-of-n took."""
+    """The models of one measurement."""
 
     measurement: Measurement
     plugins: Plugins
-    sampled: int = 0
-    scored: int = 0
+    answering: Answering = field(default=Answering())
 
     def subject(self) -> Measured:
         wanted = self.measurement
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = _device(wanted.device)
         services = EngineServices(wanted.seed, device)
         rows = list(wanted.held_out.source.open(services))
+        if not rows:
+            raise DataError("the data source has no rows", where="held_out")
         base = open_model(wanted.baseline, device)
         renderer = Renderer(base.tokenizer, wanted.held_out.max_length, wanted.held_out.overflow)
         baseline = self._draws(base, renderer, rows, "suite baseline")
@@ -122,17 +140,34 @@ class _Bench:
         return lambda n: draw(sampler.open(model), renderer, prompts, n, self.measurement.seed, purpose)
 
     def _best_of(self, draws: Draws, reward: RewardModel, n: int) -> Callable[[int], list[Rollout]]:
-        """The completion with the highest reward of each n in turn."""
+        """The completion with the highest reward of each n in turn. A larger draw holds the smaller ones, so only the
+        last, the largest, is counted: the cost does not depend on the order in which tasks ask."""
 
         def best(count: int) -> list[Rollout]:
+            reset_peak()
+            began, before = time.perf_counter(), reward.tokens
             drawn = draws(count * n)
-            self.sampled += sum(len(c.ids or ()) for group in drawn for c in group.completions)
-            before = reward.tokens
             scores = [[s.value for s in group] for group in reward(drawn)]
-            self.scored += reward.tokens - before
-            return [_winners(group, values, n) for group, values in zip(drawn, scores, strict=True)]
+            winners = [_winners(group, values, n) for group, values in zip(drawn, scores, strict=True)]
+            self.answering = Answering(
+                sampled=_tokens(drawn) - _tokens(winners),
+                scored=reward.tokens - before,
+                seconds=time.perf_counter() - began,
+                peak_memory_bytes=max(peak_bytes(), self.answering.peak_memory_bytes),
+            )
+            return winners
 
         return best
+
+
+def _device(wanted: str) -> torch.device:
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise ResourceError("no CUDA device is available", where="base.run.device", fix="Set it to auto or cpu.")
+    return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def _tokens(rollouts: List[Rollout]) -> int:
+    return sum(len(completion.ids or ()) for group in rollouts for completion in group.completions)
 
 
 def _winners(group: Rollout, scores: List[float | None], n: int) -> Rollout:

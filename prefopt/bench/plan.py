@@ -1,31 +1,30 @@
 """From a suite to the runs and measurements it needs. Pure: nothing is trained and no file is written here.
 
-Every run is known by its content: the hash of its configuration, of the runs it builds on, and of the code of prefopt
-and of its algorithm. Equal runs are trained once; a changed setting, or a changed line of code, makes another run.
+Every run is known by its content: the hash of its configuration, of the runs it builds on, and of what else it depends
+on: code, versions, data files, models. Equal runs are trained once; a change in any of these makes another run.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
-from functools import cache
-from hashlib import sha256
-from importlib import import_module
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-from prefopt.components import Component
-from prefopt.config import Document, RunConfig, SuiteConfig, resolved, run_from
+from prefopt.bench.content import Find, dependencies, key_of, plain
+from prefopt.config import Document, RunConfig, SuiteConfig, run_from
 from prefopt.config.yaml import Keys
 from prefopt.errors import ConfigError
 
 STAGE = "stage:"
 EXTRAS = ("label", "stage", "best_of")
 """Keys of a method that are not sections of a run."""
-
-Find = Callable[[str, str], type[Component]]
+OWN = ("prefopt", "plugins", "run.seed", "run.dir")
+"""Keys of a run that the suite sets."""
+SHORT = ("algorithm", "sampler")
+"""Sections that may be a name alone: `algorithm: dpo` is `algorithm: {name: dpo}`."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +49,11 @@ class Cell:
     baseline: str
     best_of: int | None = None
 
+    @property
+    def row(self) -> tuple[str, Mapping[str, Any]]:
+        """What a report tells it by: cells that differ in nothing but their seed make up one row."""
+        return self.label, self.settings
+
 
 @dataclass
 class Plan:
@@ -72,76 +76,126 @@ def make_plan(suite: SuiteConfig, document: Document, out: Path, find: Find) -> 
     """The plan of a suite whose runs are kept under `out`. Raises `ConfigError` for anything wrong in any run."""
     if suite.baseline not in suite.stages:
         raise ConfigError(f"the baseline `{suite.baseline}` is not a stage", where=document.where(("baseline",)))
-    builder = _Builder(document, out, find)
+    base = document.at("base")
+    builder = _Builder(document, _sections(base, base.data), out, find)
+    methods = [_Method.read(document.at("methods", i)) for i in range(len(suite.methods))]
     for seed in suite.seeds:
         stages: dict[str, Job] = {}
         for name in suite.stages:
             stages[name] = builder.job(f"{name}, seed {seed}", document.at("stages", name), seed, stages)
-        for method, settings in _variants(document, len(suite.methods)):
-            builder.cell(method, settings, seed, stages, suite.baseline)
+        for method in methods:
+            for settings in _combinations(document) if method.stage is None else [{}]:
+                builder.cell(method, settings, seed, stages, suite.baseline)
     return builder.plan
 
 
-def _variants(document: Document, methods: int) -> Iterator[tuple[Document, dict[str, Any]]]:
-    """Each method in each combination of the axes, as a document, with the settings that make the combination."""
+def _combinations(document: Document) -> Iterator[dict[str, Any]]:
+    """Every combination of the axes."""
     axes = document.at("axes").data or {}
-    for i in range(methods):
-        method = document.at("methods", i)
-        for values in product(*axes.values()):
-            settings = dict(zip(axes, values, strict=True))
-            yield method, settings if "stage" not in method.data else {}
+    for values in product(*axes.values()):
+        yield dict(zip(axes, values, strict=True))
+
+
+@dataclass(frozen=True)
+class _Method:
+    """A method as it is written: a stage to measure as it is, or the sections that make it differ from the base."""
+
+    written: Document
+    label: str | None
+    stage: str | None
+    best_of: int | None
+    sections: Document
+
+    @classmethod
+    def read(cls, written: Document) -> _Method:
+        """Raises `ConfigError` for anything that is not what it should be, or would do nothing."""
+        label, stage, best_of = (written.data.get(key) for key in EXTRAS)
+        for key, value in (("label", label), ("stage", stage)):
+            if value is not None and not (isinstance(value, str) and value):
+                raise ConfigError(f"`{key}` must be text", where=written.where((key,)))
+        if best_of is not None and (isinstance(best_of, bool) or not isinstance(best_of, int) or best_of < 2):
+            raise ConfigError("`best_of` is a number of replies, at least 2", where=written.where(("best_of",)))
+        others = [key for key in written.data if key not in EXTRAS]
+        if stage is not None and others:
+            what = f"`{others[0]}` does nothing beside `stage`: a stage is measured as it is"
+            raise ConfigError(what, where=written.where((others[0],)))
+        return cls(written, label, stage, best_of, _sections(written, others))
+
+
+def _sections(written: Document, keys: Iterable[str]) -> Document:
+    """The sections of a run, short forms written out. Raises `ConfigError` for one that is no mapping: what is merged
+    with it would silently replace it."""
+    out = Document({}, {(): written.where(())})
+    for key in keys:
+        part = written.at(key)
+        if key in SHORT and isinstance(part.data, str):
+            part = Document({"name": part.data}, {(): part.where(()), ("name",): part.where(())})
+        elif key in RunConfig.model_fields and key not in OWN and not isinstance(part.data, dict | None):
+            raise ConfigError(f"`{key}` is a section with keys of its own", where=part.where(()))
+        out.put((key,), part)
+    return out
 
 
 @dataclass
 class _Builder:
     document: Document
+    base: Document
     out: Path
     find: Find
     plan: Plan = field(default_factory=Plan)
 
     def cell(
-        self, method: Document, settings: dict[str, Any], seed: int, stages: Mapping[str, Job], baseline: str
+        self, method: _Method, settings: dict[str, Any], seed: int, stages: Mapping[str, Job], baseline: str
     ) -> None:
         """Adds a cell, and its run unless it measures a stage as it is."""
-        extras = {key: method.data.get(key) for key in EXTRAS}
-        if extras["stage"] is not None:
-            job = self._stage(str(extras["stage"]), stages, method.where(("stage",)))
+        where = method.written.where(())
+        if method.stage is not None:
+            job = self._stage(method.stage, stages, method.written.where(("stage",)))
         else:
-            sections = Document({k: v for k, v in method.data.items() if k not in EXTRAS}, method.places)
-            run = self.document.at("base").merged(sections)
-            for path, value in settings.items():
-                where = self.document.where(("axes", path))
-                run.put(tuple(path.split(".")), Document(value, {(): where}))
-            title = str(extras["label"] or run.data.get("algorithm", {}).get("name", "?"))
-            job = self.job(f"{title}, seed {seed}", run, seed, stages)
-        best_of = extras["best_of"]
-        if best_of is not None and not (isinstance(best_of, int) and best_of >= 2):
-            raise ConfigError("`best_of` is a number of replies, at least 2", where=method.where(("best_of",)))
-        if job.config.algorithm.trains_reward != (best_of is not None):
-            raise ConfigError("a method needs `best_of` exactly when it trains a reward model", where=method.where(()))
-        label = str(extras["label"] or job.config.algorithm.name)
+            run = self._varied(self.base.merged(method.sections), settings)
+            job = self.job(f"{method.label or _algorithm(run)}, seed {seed}", run, seed, stages)
         name = job.config.algorithm.name
-        new = Cell(label, name, seed, settings, job.key, stages[baseline].key, best_of)
-        if new not in self.plan.cells:
+        if job.config.algorithm.trains_reward != (method.best_of is not None):
+            raise ConfigError("a method needs `best_of` exactly when it trains a reward model", where=where)
+        new = Cell(method.label or name, name, seed, settings, job.key, stages[baseline].key, method.best_of)
+        twin = next((c for c in self.plan.cells if c.row == new.row and c.seed == seed), None)
+        if twin is None:
             self.plan.cells.append(new)
+        elif twin != new:
+            what = f"another method is called `{new.label}` too: one row would mix the results of both"
+            raise ConfigError(what, where=method.written.where(("label",)), fix="Give each a `label` of its own.")
+
+    def _varied(self, run: Document, settings: Mapping[str, Any]) -> Document:
+        """A run with the settings of one combination of the axes."""
+        for path, value in settings.items():
+            where = self.document.where(("axes", path))
+            keys = tuple(int(key) if key.isdigit() else key for key in path.split("."))
+            try:
+                run.put(keys, Document(deepcopy(value), {(): where}))
+            except KeyError as error:
+                what = f"`{path}` leads nowhere: {error.args[0]!r} is not in a section"
+                raise ConfigError(what, where=where) from None
+            run = _sections(run, run.data)
+        return run
 
     def job(self, title: str, run: Document, seed: int, stages: Mapping[str, Job]) -> Job:
         """Adds a run. References to stages become the folders of their models."""
-        for key in ("prefopt", "run.seed", "run.dir"):
+        run = _sections(run, run.data)
+        for key in OWN:
             if run.at(*key.split(".")).data not in ({}, None):
                 raise ConfigError(f"`{key}` is set by the suite", where=run.where(tuple(key.split("."))))
         run = run.merged(Document({"prefopt": 1, "run": {"dir": str(self.out / "run"), "seed": seed}}))
         config = run_from(run, self.find)
-        plain = resolved(config)
+        data = plain(config)
         needs = tuple(
-            self._stage(name, stages, run.where(_path_to(f"{STAGE}{name}", run.data))).key for name in _stages_in(plain)
+            self._stage(name, stages, run.where(_path_to(f"{STAGE}{name}", run.data))).key for name in _stages_in(data)
         )
-        named = {f"{STAGE}{name}": key for name, key in zip(_stages_in(plain), needs, strict=True)}
-        del plain["run"]["dir"]
-        key = _key({"config": _replaced(plain, named), "code": code_of(config)})
-        plain = _replaced(plain, {old: str(model_folder(self.out, k)) for old, k in named.items()})
-        plain["run"]["dir"] = str(run_folder(self.out, key))
-        job = Job(key, title, run_from(Document(plain), self.find), tuple(dict.fromkeys(needs)))
+        named = {f"{STAGE}{name}": key for name, key in zip(_stages_in(data), needs, strict=True)}
+        del data["run"]["dir"]
+        key = key_of({"config": _replaced(data, named), "depends": dependencies(config, self.find)})
+        data = _replaced(data, {old: str(model_folder(self.out, k)) for old, k in named.items()})
+        data["run"]["dir"] = str(run_folder(self.out, key))
+        job = Job(key, title, run_from(Document(data), self.find), tuple(dict.fromkeys(needs)))
         return self.plan.jobs.setdefault(key, job)
 
     @staticmethod
@@ -152,6 +206,11 @@ class _Builder:
         return stages[name]
 
 
+def _algorithm(run: Document) -> str:
+    name = run.at("algorithm", "name").data
+    return name if isinstance(name, str) else "?"
+
+
 def run_folder(out: Path, key: str) -> Path:
     """Where a run is kept."""
     return out / "store" / key
@@ -160,10 +219,6 @@ def run_folder(out: Path, key: str) -> Path:
 def model_folder(out: Path, key: str) -> Path:
     """Where its model is."""
     return run_folder(out, key) / "model"
-
-
-def _key(facts: Mapping[str, Any]) -> str:
-    return sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _stages_in(node: Any) -> list[str]:
@@ -191,22 +246,3 @@ def _replaced(node: Any, names: Mapping[str, str]) -> Any:
     if isinstance(node, list):
         return [_replaced(item, names) for item in node]
     return names.get(node, node) if isinstance(node, str) else node
-
-
-def code_of(config: RunConfig) -> str:
-    """The fingerprint of the code a run depends on: prefopt and the packages of its components."""
-    components = (config.algorithm, config.data.source, *((config.sampler,) if config.sampler else ()))
-    packages = {"prefopt", *(type(c).__module__.partition(".")[0] for c in components)}
-    return sha256("".join(_fingerprint(name) for name in sorted(packages)).encode()).hexdigest()[:16]
-
-
-@cache
-def _fingerprint(package: str) -> str:
-    """A hash of every source file of a package."""
-    origin = import_module(package).__file__ or ""
-    path = Path(origin)
-    files = sorted(path.parent.rglob("*.py")) if path.name == "__init__.py" else [path]
-    total = sha256()
-    for file in files:
-        total.update(str(file.relative_to(path.parent)).encode() + b"\0" + file.read_bytes() + b"\0")
-    return total.hexdigest()

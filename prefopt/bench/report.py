@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 from base64 import b64encode
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
@@ -12,10 +12,12 @@ from typing import Any, Literal
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from pydantic import BaseModel, ConfigDict
 
+import prefopt
+from prefopt.bench.content import plain
 from prefopt.bench.plots import Point, forest, scatter
 from prefopt.bench.stats import FEWEST_SEEDS, Interval, t_interval
-from prefopt.config import SuiteConfig, dump, resolved
-from prefopt.registry import Registry
+from prefopt.config import SuiteConfig, dump
+from prefopt.errors import redact
 
 HEADLINE = ("gold_reward", "win_rate", "kl_sequence", "length")
 TITLES = {"gold_reward": "gold reward", "win_rate": "win rate", "kl_sequence": "KL (nats)", "length": "length"}
@@ -73,6 +75,8 @@ class Failure(_Typed):
 
     title: str
     problem: str
+    traceback: str = ""
+    """Where it happened, when it was nothing that prefopt foresees."""
 
 
 class Report(_Typed):
@@ -93,33 +97,31 @@ class Report(_Typed):
         return self.model_dump(exclude={"cells": {"__all__": {"budget": vary}}, "summary": {"__all__": {"budget"}}})
 
 
-def build_report(
-    suite: SuiteConfig, cells: Sequence[CellResult], failures: Sequence[Failure], registry: Registry
-) -> Report:
-    """Cells with the commit they were made at, and their summary over seeds."""
-    commit = commit_of(Path(registry.find("algorithm", "sft").source).parent)
-    signed = [cell.model_copy(update={"commit": commit}) for cell in cells]
-    return Report(
+def build_report(suite: SuiteConfig, cells: Sequence[CellResult], failures: Sequence[Failure], commit: str) -> Report:
+    """Cells and their summary over seeds, without secrets; `commit` is that of the code that reports."""
+    report = Report(
         suite=suite.name,
         commit=commit,
         seeds=list(suite.seeds),
-        configuration=resolved(suite),
-        summary=[_summary(group) for group in _groups(signed)],
-        cells=signed,
+        configuration=plain(suite),
+        summary=[_summary(group) for group in _groups(cells)],
+        cells=list(cells),
         failures=list(failures),
     )
+    return Report.model_validate(redact(report.model_dump(mode="json")))
 
 
-def commit_of(folder: Path) -> str:
-    """The git commit of the code in `folder`, `+` when a tracked file was changed since; empty outside a checkout."""
+def commit_of(file: Path = Path(prefopt.__file__)) -> str:
+    """The git commit of a source file, `+` when a tracked file was changed since; empty when its repository does not
+    track it, as when it is installed somewhere inside another project's checkout."""
 
     def git(*arguments: str) -> str:
-        command = ("git", "-C", str(folder), *arguments)
+        command = ("git", "-C", str(file.parent), *arguments)
         found = subprocess.run(command, capture_output=True, text=True, check=False, timeout=20)
         return found.stdout.strip() if found.returncode == 0 else ""
 
     try:
-        head = git("rev-parse", "HEAD")
+        head = git("rev-parse", "HEAD") if git("ls-files", file.name) else ""
         return f"{head}+" if head and git("status", "--porcelain", "--untracked-files=no") else head
     except (OSError, subprocess.TimeoutExpired):
         return ""
@@ -134,16 +136,23 @@ def _groups(cells: Sequence[CellResult]) -> list[list[CellResult]]:
 
 def _summary(cells: Sequence[CellResult]) -> Summary:
     first = cells[0]
-    names = [name for name in first.metrics if all(name in cell.metrics for cell in cells)]
+    names = dict.fromkeys(name for cell in cells for name in cell.metrics)
     budgets = [cell.budget.model_dump() for cell in cells]
     return Summary(
         algorithm=first.algorithm,
         label=first.label,
         settings=first.settings,
         n=len(cells),
-        metrics={name: t_interval([cell.metrics[name] for cell in cells]) for name in names},
+        metrics={name: _interval(name, cells) for name in names},
         budget={name: sum(b[name] for b in budgets) / len(budgets) for name in budgets[0]},
     )
+
+
+def _interval(name: str, cells: Sequence[CellResult]) -> Interval:
+    """A metric over the seeds that have it, with their number when it is not all of them."""
+    values = [cell.metrics[name] for cell in cells if name in cell.metrics]
+    interval = t_interval(values)
+    return interval if len(values) == len(cells) else interval.model_copy(update={"n": len(values)})
 
 
 # --- as a table ------------------------------------------------------------------------------------------------------
@@ -152,42 +161,48 @@ def _summary(cells: Sequence[CellResult]) -> Summary:
 def table(report: Report) -> list[str]:
     """The headline metrics with their intervals, aligned for a terminal."""
     header = ["method", *(TITLES[name] for name in HEADLINE), "tokens trained", "sampled", "seconds"]
-    rows = [header, *(_row(summary) for summary in report.summary)]
+    rows = [header, *(_row(summary, len(report.seeds)) for summary in report.summary)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return [lines[0], "-" * len(lines[0]), *lines[1:], "", *notes(report)]
 
 
-def _row(summary: Summary) -> list[str]:
+def _row(summary: Summary, seeds: int) -> list[str]:
     cells = [shown(summary.metrics.get(name)) for name in HEADLINE]
     budget = summary.budget
     tokens = [f"{budget['tokens_backward']:,.0f}", f"{budget['tokens_sampled']:,.0f}"]
-    return [name_of(summary), *cells, *tokens, f"{budget['seconds']:.0f}"]
+    fewer = f", {summary.n} of {seeds} seeds" if summary.n != seeds else ""
+    return [name_of(summary) + fewer, *cells, *tokens, f"{budget['seconds']:.0f}"]
 
 
-def name_of(summary: Summary) -> str:
+def name_of(summary: Summary | CellResult) -> str:
     """The label with the settings of the axes."""
     settings = ", ".join(f"{key}={value}" for key, value in summary.settings.items())
     return f"{summary.label} ({settings})" if settings else summary.label
 
 
 def shown(interval: Interval | None) -> str:
-    """A mean with its interval.
+    """A mean with its interval, and over how many seeds when a row has more.
 
     >>> shown(Interval(mean=1.5, low=1.2, high=1.8))
     '1.50 [1.20, 1.80]'
+    >>> shown(Interval(mean=1.5, n=2))
+    '1.50 (n=2)'
     """
     if interval is None:
         return "-"
-    if interval.low is None or interval.high is None:
-        return f"{interval.mean:.2f}"
-    return f"{interval.mean:.2f} [{interval.low:.2f}, {interval.high:.2f}]"
+    spread = "" if interval.low is None or interval.high is None else f" [{interval.low:.2f}, {interval.high:.2f}]"
+    return f"{interval.mean:.2f}{spread}" + (f" (n={interval.n})" if interval.n is not None else "")
 
 
 def notes(report: Report) -> list[str]:
     """What a reader must know to read the numbers."""
     seeds = len(report.seeds)
     spread = f"mean over {seeds} seeds [95 % interval, Student t]" if seeds >= FEWEST_SEEDS else "single run"
+    if seeds == 2:
+        spread = "mean over 2 seeds, too few for an interval"
+    elif any(summary.n != seeds for summary in report.summary):
+        spread += ", over fewer where a row says so"
     baseline = report.configuration["baseline"]
     lines = [f"{spread}; win rate and KL are against `{baseline}`, whose own cost is not counted; length in tokens."]
     if any(method.get("best_of") for method in report.configuration["methods"]):
@@ -236,11 +251,10 @@ def _side_by_side(report: Report) -> list[tuple[str, list[tuple[str, str]]]]:
     """The prompts of the first seed, each with the reply of every method."""
     cells = [cell for cell in report.cells if cell.seed == report.seeds[0]]
     prompts = [sample.prompt for sample in cells[0].samples] if cells else []
-    replies: Mapping[tuple[str, str], str] = {
-        (sample.prompt, cell.label): sample.reply for cell in cells for sample in cell.samples
-    }
-    labels = list(dict.fromkeys(cell.label for cell in cells))
-    return [(p, [(label, replies[p, label]) for label in labels if (p, label) in replies]) for p in prompts]
+    return [
+        (prompt, [(name_of(cell), cell.samples[i].reply) for cell in cells if i < len(cell.samples)])
+        for i, prompt in enumerate(prompts)
+    ]
 
 
 def printable(text: str) -> str:

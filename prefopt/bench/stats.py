@@ -12,13 +12,15 @@ FEWEST_SEEDS = 3
 
 
 class Interval(BaseModel):
-    """A mean with its confidence interval; `low` and `high` are None for a single run."""
+    """A mean with its confidence interval; `low` and `high` are None for fewer than three runs. `n` is their number
+    where it is not that of the row."""
 
     model_config = ConfigDict(frozen=True)
 
     mean: float
     low: float | None = None
     high: float | None = None
+    n: int | None = None
 
 
 def t_interval(values: Sequence[float], level: float = 0.95) -> Interval:

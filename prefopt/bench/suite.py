@@ -9,19 +9,23 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
-from hashlib import sha256
+from functools import cached_property
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 from prefopt.bench.cells import warm, work
+from prefopt.bench.content import Find, dependencies, key_of, plain
 from prefopt.bench.plan import Cell, Plan, make_plan, model_folder, run_folder
-from prefopt.bench.report import CellResult, Failure, Report, build_report, table, to_html
-from prefopt.config import SuiteConfig, allowed_plugins, load_suite, resolved
+from prefopt.bench.report import CellResult, Failure, Report, build_report, commit_of, table, to_html
+from prefopt.config import SuiteConfig, allowed_plugins, load_suite
 from prefopt.engine.folder import write_text
-from prefopt.errors import ResourceError
+from prefopt.errors import ResourceError, redact
 from prefopt.plugins import load
 from prefopt.preflight import check
+
+MEASURED = ("tasks", "sampler", "prompts", "held_out")
+"""The keys of a suite that say how to measure."""
 
 
 def run_suite(path: Path, overrides: Sequence[str] = (), out: Path | None = None) -> Iterator[str]:
@@ -39,9 +43,9 @@ def run_suite(path: Path, overrides: Sequence[str] = (), out: Path | None = None
     for job in plan.jobs.values():
         check(job.config, plugins.registry, promised={str(model_folder(folder, key)) for key in job.needs})
     _make_folders(folder)
-    execution = Execution(suite, plan, folder, list(allow) if allow is not None else None)
+    execution = Execution(suite, plan, folder, list(allow) if allow is not None else None, plugins.find)
     yield from execution.run()
-    report = build_report(suite, execution.results, execution.failures, plugins.registry)
+    report = build_report(suite, execution.results, execution.failures, execution.commit)
     write_report(report, folder)
     yield from ("", *table(report), "")
     yield f"report: {folder / 'report.html'} (and report.json) after {time.monotonic() - began:.0f} s"
@@ -71,8 +75,10 @@ class Execution:
     plan: Plan
     out: Path
     allow: list[str] | None
+    find: Find
     results: list[CellResult] = field(default_factory=list)
     failures: list[Failure] = field(default_factory=list)
+    commit: str = field(default_factory=commit_of)
 
     def run(self) -> Iterator[str]:
         """Does everything that is not done yet; yields a line for each thing done."""
@@ -88,29 +94,41 @@ class Execution:
     def _tasks(self) -> dict[str, Task]:
         """Every training run, then every measurement, each with the tasks it waits for."""
         runs = {
-            key: Task(f"train {job.title}", {"train": resolved(job.config)}, job.needs)
+            key: Task(f"train {job.title}", {"train": plain(job.config)}, job.needs)
             for key, job in self.plan.jobs.items()
         }
         measures = {self.cell_key(cell): self._measurement(cell) for cell in self.plan.cells}
         return runs | measures
 
+    @cached_property
+    def _measured(self) -> dict[str, Any]:
+        """How every cell is measured: as the suite says, all on the device of the base run."""
+        run = self.suite.base.get("run") or {}
+        own = {key: value for key, value in plain(self.suite).items() if key in MEASURED}
+        return {**own, "device": run.get("device", "auto")}
+
+    @cached_property
+    def _depends(self) -> dict[str, Any]:
+        """What measurements depend on beside their configuration and the models they measure."""
+        return dependencies([getattr(self.suite, key) for key in MEASURED], self.find)
+
     def _measurement(self, cell: Cell) -> Task:
-        suite = resolved(self.suite)
-        request = {key: suite[key] for key in ("tasks", "sampler", "prompts", "held_out")}
-        request |= {"seed": cell.seed, "baseline": str(model_folder(self.out, cell.baseline))}
         model = str(model_folder(self.out, cell.job))
         rewarding = cell.best_of is not None
-        request |= {"policy": None if rewarding else model, "reward": model if rewarding else None}
-        request["best_of"] = cell.best_of
-        title = f"measure {cell.label}, seed {cell.seed}"
-        return Task(title, {"measure": request}, (cell.job, cell.baseline))
+        request = {
+            **self._measured,
+            "seed": cell.seed,
+            "baseline": str(model_folder(self.out, cell.baseline)),
+            "policy": None if rewarding else model,
+            "reward": model if rewarding else None,
+            "best_of": cell.best_of,
+        }
+        return Task(f"measure {cell.label}, seed {cell.seed}", {"measure": request}, (cell.job, cell.baseline))
 
     def cell_key(self, cell: Cell) -> str:
-        """The content address of a measurement: what is measured, how, and on which runs."""
-        suite = resolved(self.suite)
-        facts = {key: suite[key] for key in ("tasks", "sampler", "prompts", "held_out")}
+        """The content address of a measurement: what is measured, how, on which runs, and what else that depends on."""
         runs = [cell.job, cell.baseline, cell.best_of, cell.seed, cell.label, dict(cell.settings)]
-        return sha256(json.dumps([facts, runs], sort_keys=True).encode()).hexdigest()[:16]
+        return key_of([self._measured, self._depends, runs])
 
     def _done(self, key: str) -> bool:
         return (run_folder(self.out, key) / "result.json").exists() or self._cell_file(key).exists()
@@ -129,10 +147,9 @@ class Execution:
         os.environ.update({k: os.environ.get(k, v) for k, v in environment.items()})
         with ProcessPoolExecutor(workers, get_context("spawn"), warm, (self.allow,)) as pool:
             while todo or running:
-                for key in [k for k, task in todo.items() if set(task.needs) <= finished]:
-                    running[pool.submit(work, json.dumps(todo.pop(key).request))] = key
+                running |= self._begun(pool, todo, finished)
                 if not running:
-                    break  # what is left needs something that failed
+                    break  # what is left needs something that failed, or processes that are gone
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     key = running.pop(future)
                     if self._settle(key, tasks[key], future):
@@ -141,22 +158,34 @@ class Execution:
                     left = (time.monotonic() - began) / done * (total - done)
                     yield f"[{done:{len(str(total))}}/{total}] {tasks[key].title}  ({left:.0f} s left)"
         for task in todo.values():
-            missing = next(need for need in task.needs if need not in finished)
-            self.failures.append(Failure(title=task.title, problem=f"needs `{tasks[missing].title}`, which failed"))
+            missing = [tasks[need].title for need in task.needs if need not in finished]
+            why = f"needs `{missing[0]}`, which failed" if missing else "not begun: a worker process died before"
+            self.failures.append(Failure(title=task.title, problem=why))
+
+    def _begun(self, pool: ProcessPoolExecutor, todo: dict[str, Task], finished: set[str]) -> dict[Future[str], str]:
+        """Hands the tasks that need nothing more to the processes, as long as there are any."""
+        begun: dict[Future[str], str] = {}
+        for key in [k for k, task in todo.items() if set(task.needs) <= finished]:
+            try:
+                begun[pool.submit(work, json.dumps(todo[key].request))] = key
+            except BrokenProcessPool:
+                break
+            del todo[key]
+        return begun
 
     def _settle(self, key: str, task: Task, future: Future[str]) -> bool:
         """Keeps the answer of a task; False when it failed."""
         try:
             answer = json.loads(future.result())
         except BrokenProcessPool:
-            raise ResourceError(
-                f"a worker process died during `{task.title}`", fix="Out of memory? Run again: finished work is kept."
-            ) from None
+            answer = {"error": ["a worker process died, this one or one beside it. Out of memory? Run again."]}
         if "error" in answer:
-            self.failures += [Failure(title=task.title, problem=problem) for problem in answer["error"]]
+            details = answer.get("traceback", "")
+            self.failures += [Failure(title=task.title, problem=p, traceback=details) for p in answer["error"]]
             return False
         if "measure" in task.request:
-            write_text(self._cell_file(key), json.dumps(answer, indent=1, ensure_ascii=False) + "\n")
+            answer["commit"] = self.commit
+            write_text(self._cell_file(key), json.dumps(redact(answer), indent=1, ensure_ascii=False) + "\n")
         return True
 
     # --- collecting --------------------------------------------------------------------------------------------------
@@ -171,6 +200,7 @@ class Execution:
         counted = [run_folder(self.out, key) for key in self.plan.counted(cell)]
         budgets = [json.loads((folder / "result.json").read_text("utf-8"))["budget"] for folder in counted]
         used = [line for folder in counted for line in _lines(folder / "timings.jsonl") if "total_seconds" in line]
+        answering = answer["answering"]
         info = json.loads((run_folder(self.out, cell.job) / "run.json").read_text("utf-8"))
         return CellResult.model_validate(
             {
@@ -180,13 +210,14 @@ class Execution:
                 "settings": dict(cell.settings),
                 "metrics": answer["metrics"],
                 "budget": {
-                    "tokens_forward": sum(b["forward"] for b in budgets) + answer["scored"],
+                    "tokens_forward": sum(b["forward"] for b in budgets) + answering["scored"],
                     "tokens_backward": sum(b["backward"] for b in budgets),
-                    "tokens_sampled": sum(b["sampled"] for b in budgets) + answer["sampled"],
-                    "seconds": sum(line["total_seconds"] for line in used),
-                    "peak_memory_bytes": max((line["peak_memory_bytes"] for line in used), default=0),
+                    "tokens_sampled": sum(b["sampled"] for b in budgets) + answering["sampled"],
+                    "seconds": sum(line["total_seconds"] for line in used) + answering["seconds"],
+                    "peak_memory_bytes": max(line["peak_memory_bytes"] for line in [*used, answering]),
                 },
                 "versions": {**info["versions"], info["algorithm"]["distribution"]: info["algorithm"]["version"]},
+                "commit": answer["commit"],
                 "run": cell.job,
                 "samples": answer["samples"],
             }

@@ -11,6 +11,7 @@ from pydantic import PositiveInt
 
 from prefopt.api import Comparison, ConfigError, RewardSource, Rollout, Score, Subject, Task
 from prefopt.bench.stats import calibration_error
+from prefopt.data.adapt import adapt, adaptable
 
 
 class GoldReward(Task):
@@ -25,7 +26,8 @@ class GoldReward(Task):
 
     def evaluate(self, subject: Subject) -> Mapping[str, float]:
         scores = _flat(subject.reward(self.reward)(subject.rollouts(self.samples)))
-        parts = {f"gold_reward/{part}": fmean(s.parts[part] for s in scores) for part in scores[0].parts}
+        named = [part for part in scores[0].parts if all(part in s.parts for s in scores)]
+        parts = {f"gold_reward/{part}": fmean(s.parts[part] for s in scores) for part in named}
         return {"gold_reward": fmean(_value(s) for s in scores), **parts}
 
 
@@ -82,8 +84,8 @@ class Length(Task):
 
 
 class RewardQuality(Task):
-    """How well a reward model predicts held-out comparisons: accuracy and calibration against the labels, and agreement
-    with a reference reward."""
+    """How well a reward model predicts held-out comparisons, or the pairs of rankings: accuracy and calibration against
+    the labels, and agreement with a reference reward. Pairs without a better side are left out of accuracy."""
 
     name = "reward_quality"
 
@@ -91,34 +93,36 @@ class RewardQuality(Task):
     """A reward to agree with, such as a world's gold reward; pairs it calls equal are left out."""
 
     def evaluate(self, subject: Subject) -> Mapping[str, float]:
-        rows = [row for row in subject.rows if isinstance(row, Comparison)]
-        scores = subject.scores(_as_rollouts(rows))
+        rows = [row for row in subject.rows if adaptable(type(row), Comparison)]
+        pairs = [pair for pair in adapt(rows, Comparison) if isinstance(pair, Comparison)]
+        scores = subject.scores(_as_rollouts(pairs))
         if scores is None:
             return {}
-        if not rows:
+        if not pairs:
             raise ConfigError("task `reward_quality` needs held-out comparisons")
         margins = [a - b for a, b in scores]
         chances = [1 / (1 + math.exp(-m)) if m > -700 else 0.0 for m in margins]
-        labels = [row.preference for row in rows]
-        metrics = {
+        labels = [pair.preference for pair in pairs]
+        metrics: dict[str, float | None] = {
             "reward_accuracy": _accuracy(margins, [label - 0.5 for label in labels]),
             "reward_ece": calibration_error(*_both_ways(chances, labels)),
             "reward_brier": fmean((p - y) ** 2 for p, y in zip(chances, labels, strict=True)),
         }
         if self.reward is not None:
-            gold = subject.reward(self.reward)(_as_rollouts(rows))
+            gold = subject.reward(self.reward)(_as_rollouts(pairs))
             metrics["gold_agreement"] = _accuracy(margins, [_value(a) - _value(b) for a, b in gold])
-        return metrics
+        return {name: x for name, x in metrics.items() if x is not None}
 
 
 def _as_rollouts(rows: List[Comparison]) -> list[Rollout]:
     return [Rollout(prompt=r.prompt, index=r.index, extra=r.extra, completions=(r.chosen, r.rejected)) for r in rows]
 
 
-def _accuracy(margins: List[float], truth: List[float]) -> float:
-    """Share of pairs with the right sign, a zero margin counting one half; pairs without a truth are left out."""
+def _accuracy(margins: List[float], truth: List[float]) -> float | None:
+    """Share of pairs with the right sign, a zero margin counting one half; pairs without a truth are left out, and None
+    means that all were."""
     told = [(m, t) for m, t in zip(margins, truth, strict=True) if t != 0]
-    return fmean(_half_step(m * math.copysign(1, t)) for m, t in told) if told else math.nan
+    return fmean(_half_step(m * math.copysign(1, t)) for m, t in told) if told else None
 
 
 def _both_ways(chances: List[float], labels: List[float]) -> tuple[list[float], list[float]]:

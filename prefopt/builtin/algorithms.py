@@ -105,8 +105,15 @@ class RewardModelListwise(Algorithm):
 
     @staticmethod
     def _quality(batch: Batch, scores: Tensor, ranks: Tensor, present: Tensor) -> Mapping[str, Tensor]:
-        """Over the pairs of each ranking that are not tied: the share in the right order, ties of scores one half."""
-        better = (ranks[:, :, None] < ranks[:, None, :]) & present[:, :, None] & present[:, None, :]
-        right = (torch.sign(scores[:, :, None] - scores[:, None, :]) + 1) / 2
-        accuracy = (right * better).sum((1, 2)) / better.sum((1, 2)).clamp(min=1)
-        return {"reward/accuracy": batch.mean(accuracy, "groups")}
+        """Over the pairs of each ranking. Accuracy leaves out tied pairs, unless all are, and counts a tie of scores as
+        one half; `brier` is the mean squared error of σ(r_i - r_j), the chance of i above j, a tie being 0.5."""
+        above, below = ranks[:, :, None], ranks[:, None, :]
+        pairs = present[:, :, None] & present[:, None, :] & ~torch.eye(ranks.shape[1], dtype=torch.bool).to(present)
+        better = (above < below) & pairs
+        difference = scores[:, :, None] - scores[:, None, :]
+        right = (torch.sign(difference) + 1) / 2
+        told = better.sum((1, 2))
+        accuracy = torch.where(told > 0, (right * better).sum((1, 2)) / told.clamp(min=1), 0.5)
+        label = (torch.sign(below - above) + 1) / 2
+        error = ((difference.sigmoid() - label) ** 2 * pairs).sum((1, 2)) / pairs.sum((1, 2)).clamp(min=1)
+        return {"reward/accuracy": batch.mean(accuracy, "groups"), "calibration/brier": batch.mean(error, "groups")}

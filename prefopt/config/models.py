@@ -23,7 +23,7 @@ from pydantic import (
     model_validator,
 )
 
-from prefopt.components import Algorithm, DataSource, Sampler, Task, World
+from prefopt.components import Algorithm, DataSource, Sampler, Task
 
 NAME_RULE = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 
@@ -229,8 +229,6 @@ class SuiteConfig(Section):
     """The version of this format."""
     name: Name
     """The name of the suite."""
-    world: World
-    """Where data, gold reward, annotators and the base model come from."""
     seeds: Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)] = (0, 1, 2)
     """A seed redraws data, annotators, initialisation and sampling."""
     stages: dict[Name, dict[str, Any]] = {}

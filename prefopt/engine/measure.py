@@ -7,7 +7,7 @@ from collections.abc import Callable
 from collections.abc import Sequence as List
 from dataclasses import dataclass, field, replace
 
-from prefopt.components import RewardSource, Scorer, Services
+from prefopt.components import RewardSource, Score, Scorer, Services
 from prefopt.data.render import Renderer, Tokens
 from prefopt.engine.forward import Scorer as Module
 from prefopt.engine.models import Model
@@ -72,7 +72,14 @@ class Measured:
     def scores(self, rollouts: List[Rollout]) -> list[list[float]] | None:
         if self.scorer is None:
             return None
-        return [[s.value for s in scores if s.value is not None] for scores in self.scorer(rollouts)]
+        return [[_number(score) for score in scores] for scores in self.scorer(rollouts)]
 
     def reward(self, source: RewardSource) -> Scorer:
         return source.open(self.services)
+
+
+def _number(score: Score) -> float:
+    """A missing score stops the measurement: dropped, it would shift those behind it."""
+    if score.value is None:
+        raise ConfigError(f"a reply could not be scored: {score.reason}")
+    return score.value

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from prefopt.bench.plan import _fingerprint, make_plan
+from prefopt.bench.plan import make_plan
 from prefopt.config.load import validated
 from prefopt.config.models import SuiteConfig
 from prefopt.config.yaml import apply_overrides, parse
@@ -11,7 +11,6 @@ from prefopt.errors import ConfigError
 SUITE = """\
 prefopt: 1
 name: small
-world: {name: replies}
 seeds: [0, 1]
 baseline: sft
 stages:
@@ -87,20 +86,51 @@ def test_a_run_is_known_by_its_content(plugins, tmp_path):
     assert not set(deeper.jobs) & set(first.jobs)  # what builds on another stage is another run
 
 
-def test_a_changed_line_of_code_makes_another_run(tmp_path, monkeypatch):
-    package = tmp_path / "some_method"
-    package.mkdir()
-    (package / "__init__.py").write_text("x = 1\n")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    before = _fingerprint("some_method")
-    (package / "__init__.py").write_text("x = 2\n")
-    _fingerprint.cache_clear()
-    assert _fingerprint("some_method") != before
+def test_a_run_is_other_work_when_its_data_change_under_the_same_name(plugins, tmp_path):
+    data = tmp_path / "pairs.jsonl"
+    data.write_text("{}\n")
+    over = f"base.data={{source: jsonl, path: {data}}}"
+    first = plan(plugins, tmp_path, over)
+    data.write_text('{"prompt": "p"}\n')
+    second = plan(plugins, tmp_path, over)
+    same = [a.job == b.job for a, b in zip(first.cells, second.cells, strict=True)]
+    assert same == [True, False, False] * 2
+
+
+def test_what_looks_like_a_secret_is_still_what_is_run(plugins, tmp_path, monkeypatch):
+    monkeypatch.setenv("MADE_UP_TOKEN", tmp_path.name)
+    data = str(tmp_path / "pairs.jsonl")
+    made = plan(plugins, tmp_path, f"base.data={{source: jsonl, path: {data}}}", "methods=[{label: DPO}]", "seeds=[0]")
+    assert made.jobs[made.cells[0].job].config.data.source.path == data
+
+
+def test_the_short_form_of_an_algorithm_is_the_long_one(plugins, tmp_path):
+    long = plan(plugins, tmp_path, "methods=[{algorithm: {name: reward_model, centre: 0.1}, best_of: 4}]")
+    over = "methods=[{algorithm: reward_model, best_of: 4}]"
+    assert [c.job for c in plan(plugins, tmp_path, over, "base.algorithm={name: reward_model, centre: 0.1}").cells] == [
+        c.job for c in long.cells
+    ]
+    made = plan(plugins, tmp_path, "base.algorithm=sft", "methods=[{algorithm: dpo}]", "axes={algorithm.beta: [0.5]}")
+    assert {made.jobs[c.job].config.algorithm.beta for c in made.cells} == {0.5}
+    made = plan(plugins, tmp_path, "methods=[{label: x}]", "axes={algorithm: [dpo, sft]}")
+    assert [made.jobs[c.job].config.algorithm.name for c in made.cells[:2]] == ["dpo", "sft"]
+
+
+def test_the_same_method_twice_is_one(plugins, tmp_path):
+    assert len(plan(plugins, tmp_path, "methods=[{label: DPO}, {label: DPO}]", "seeds=[0]").cells) == 1
+
+
+def test_a_pooled_row_is_located_in_the_file(plugins, tmp_path):
+    text = SUITE.replace("{label: DPO}", "{label: SFT}")
+    document = parse(text, "suite.yaml")
+    with pytest.raises(ConfigError, match="suite.yaml:17:6: another method is called `SFT` too"):
+        make_plan(validated(SuiteConfig, document, plugins.find), document, tmp_path, plugins.find)
 
 
 @pytest.mark.parametrize(
     ("override", "words", "where"),
     [
+        ("world={name: replies}", "unknown key `world`", "override `world`"),
         ("baseline=dpo", "baseline `dpo` is not a stage", "override `baseline`"),
         ('base.model.path="stage:none"', "there is no stage `none` before this run", "override `base.model.path`"),
         ("methods.0.stage=none", "there is no stage `none`", "override `methods.0.stage`"),
@@ -108,14 +138,32 @@ def test_a_changed_line_of_code_makes_another_run(tmp_path, monkeypatch):
         ("base.optim.lr=-1", "must be greater than 0", "override `base.optim.lr`"),
         ("base.optm.lr=1", "unknown key `optm`", "override `base.optm.lr`"),
         ("methods.2.best_of=1", "at least 2", "override `methods.2.best_of`"),
-        ("methods.1.best_of=4", "exactly when it trains a reward model", "suite.yaml:18:5"),
+        ("methods.1.best_of=4", "exactly when it trains a reward model", "suite.yaml:17:5"),
         ("axes={optim.lr: [x]}", "`optim.lr` must be a valid number", "override `axes`"),
         ("methods.1.algorithm.name=dop", "unknown algorithm `dop`", "override `methods.1.algorithm.name`"),
+        ("methods.1.label=SFT", "another method is called `SFT` too", "override `methods.1.label`"),
+        ("methods=[{algorithm: {beta: 0.1}}, {algorithm: {beta: 0.5}}]", "is called `dpo` too", "override `methods`"),
+        ("methods=[{algorithm: 3}]", "`algorithm` is a section", "override `methods`"),
+        ("methods=[{algorithm: dop}]", "unknown algorithm `dop`", "override `methods`"),
+        ("methods=[{label: [DPO]}]", "`label` must be text", "override `methods`"),
+        ("methods=[{stage: 3}]", "`stage` must be text", "override `methods`"),
+        ("methods.0.optim={lr: 1e-3}", "`optim` does nothing beside `stage`", "override `methods.0.optim`"),
+        ("methods.2.best_of=true", "at least 2", "override `methods.2.best_of`"),
+        ("base.run=3", "`run` is a section", "override `base.run`"),
+        ("base.optim=3", "`optim` is a section", "override `base.optim`"),
+        ("stages.sft.run=x", "`run` is a section", "override `stages.sft.run`"),
+        ("base.plugins={allow: [x]}", "`plugins` is set by the suite", "override `base.plugins`"),
+        ("axes={algorithm.name.x: [1]}", "`algorithm.name.x` leads nowhere", "override `axes`"),
+        ("axes={algorithm.beta.0: [1]}", "leads nowhere", "override `axes`"),
+        ("axes={optim.betas.x: [1]}", "leads nowhere", "override `axes`"),
+        ("axes={run: [3]}", "`run` is a section", "override `axes`"),
+        ("axes={run.seed: [3]}", "`run.seed` is set by the suite", "override `axes`"),
+        ("axes={'': [3]}", "unknown key ``", "override `axes`"),
     ],
 )
 def test_what_is_wrong_in_a_suite_is_located(plugins, tmp_path, override, words, where):
     with pytest.raises(ConfigError) as caught:
-        plan(plugins, tmp_path, override)
+        plan(plugins, tmp_path, "base.optim.betas=[0.9, 0.99]", "base.algorithm.beta=0.2", override)
     problem = caught.value.problems[0]
     assert words in problem.what
     assert problem.where == where

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 from html.parser import HTMLParser
 
 import pytest
@@ -12,7 +13,10 @@ from prefopt.bench.report import (
     CellResult,
     Failure,
     Report,
+    Sample,
     Summary,
+    _side_by_side,
+    build_report,
     commit_of,
     name_of,
     printable,
@@ -21,6 +25,10 @@ from prefopt.bench.report import (
     to_html,
 )
 from prefopt.bench.stats import Interval
+from prefopt.bench.suite import write_report
+from prefopt.config.load import validated
+from prefopt.config.models import SuiteConfig
+from prefopt.config.yaml import parse
 
 PAYLOADS = [
     "<script>alert(1)</script>",
@@ -34,6 +42,17 @@ PAYLOADS = [
     "]]><iframe src=//evil>",
     "&lt;b&gt;",
 ]
+
+SMALL = """\
+prefopt: 1
+name: small
+seeds: [0, 1, 2]
+baseline: sft
+base: {{model: {{path: "{secret}"}}}}
+methods: [{{label: DPO}}]
+tasks: [{{name: length}}]
+held_out: {{source: replies}}
+"""
 
 
 def interval(mean: float) -> Interval:
@@ -169,5 +188,83 @@ def test_plots_put_means_between_the_ends_of_their_intervals():
     assert scatter([Point("a", interval(1))])["points"] == []
 
 
-def test_the_commit_of_a_folder_that_is_no_checkout(tmp_path):
-    assert commit_of(tmp_path) == ""
+def test_a_commit_is_that_of_a_repository_that_tracks_the_file(tmp_path):
+    def git(*arguments: str) -> str:
+        names = ("-c", "user.name=a", "-c", "user.email=a@b")
+        return subprocess.run(
+            ["git", *names, *arguments], cwd=tmp_path, capture_output=True, text=True, check=True
+        ).stdout
+
+    ours, installed = tmp_path / "ours.py", tmp_path / "venv/ours.py"
+    installed.parent.mkdir()
+    ours.write_text("1")
+    installed.write_text("1")
+    assert commit_of(ours) == ""
+    git("init", "-q")
+    git("add", "ours.py")
+    git("commit", "-qm", "one")
+    head = git("rev-parse", "HEAD").strip()
+    assert (commit_of(ours), commit_of(installed)) == (head, "")
+    ours.write_text("2")
+    assert commit_of(ours) == head + "+"
+
+
+def cell(seed: int, commit: str = "", **changes) -> CellResult:
+    return report().cells[0].model_copy(update={"seed": seed, "commit": commit, **changes})
+
+
+def built(plugins, *cells: CellResult) -> Report:
+    suite = validated(SuiteConfig, parse(SMALL.format(secret="m"), "suite.yaml"), plugins.find)
+    return build_report(suite, cells, [], "now")
+
+
+def test_a_metric_that_some_seeds_lack_is_over_those_that_have_it(plugins):
+    made = built(plugins, *(cell(s, metrics={"length": 1.0, **({"gold_reward": s} if s else {})}) for s in range(3)))
+    (row,) = made.summary
+    assert (row.n, row.metrics["length"].n) == (3, None)
+    assert (row.metrics["gold_reward"].mean, row.metrics["gold_reward"].n) == (1.5, 2)
+    assert table(made)[2].startswith("DPO     1.50 (n=2)")
+    assert "1.50 (n=2)" in to_html(made)
+
+
+def test_a_row_over_fewer_seeds_says_so(plugins):
+    made = built(plugins, *(cell(s) for s in range(3)), *(cell(s, label="RM") for s in range(2)))
+    lines = table(made)
+    assert lines[2].startswith("DPO  ")
+    assert lines[3].startswith("RM, 2 of 3 seeds  ")
+    assert "mean over 3 seeds [95 % interval, Student t], over fewer where a row says so" in lines[-1]
+    assert "mean over 2 seeds, too few" in table(report(seeds=2))[4]
+
+
+def test_a_cell_keeps_the_commit_it_ran_at(plugins):
+    made = built(plugins, cell(0, "old"), cell(1, "new"))
+    assert (made.commit, [c.commit for c in made.cells]) == ("now", ["old", "new"])
+
+
+def test_replies_of_every_setting_stand_side_by_side(plugins):
+    settings = ({"optim.lr": 0.1}, {"optim.lr": 0.2})
+    prompts = [Sample(prompt="same", reply="x"), Sample(prompt="same", reply="y")]
+    made = built(plugins, *(cell(0, settings=s, samples=prompts) for s in settings))
+    names = ["DPO (optim.lr=0.1)", "DPO (optim.lr=0.2)"]
+    assert _side_by_side(made) == [("same", [(name, reply) for name in names]) for reply in ("x", "y")]
+
+
+def test_a_traceback_is_shown_as_text():
+    failure = Failure(title="train it", problem="ZeroDivisionError: x", traceback='File "<b>.py", line 1')
+    text = to_html(report().model_copy(update={"failures": [failure]}))
+    assert "<pre>File &#34;&lt;b&gt;.py&#34;, line 1</pre>" in text
+
+
+SECRET = "hf_" + "abcdefgh" * 3
+
+
+def test_no_secret_is_in_a_report(plugins, tmp_path, monkeypatch):
+    monkeypatch.setenv("MADE_UP_PASSWORD", "open sesame")
+    made = report(label=SECRET, reply="open sesame")
+    suite = validated(SuiteConfig, parse(SMALL.format(secret=SECRET), "suite.yaml"), plugins.find)
+    write_report(build_report(suite, made.cells, made.failures, ""), tmp_path)
+    for name in ("report.json", "report.html"):
+        text = (tmp_path / name).read_text("utf-8")
+        assert SECRET not in text
+        assert "open sesame" not in text
+        assert text.count("[redacted]") > 5

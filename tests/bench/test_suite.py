@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import pytest
 
-from prefopt.bench.report import Report
-from prefopt.bench.suite import run_suite
+from prefopt.bench.plan import Plan, make_plan
+from prefopt.bench.report import Report, commit_of
+from prefopt.bench.suite import Execution, Task, run_suite
+from prefopt.config.load import validated
+from prefopt.config.models import SuiteConfig
+from prefopt.config.yaml import apply_overrides, parse
 from prefopt.errors import ConfigError, ResourceError
 
 SUITE = """\
 prefopt: 1
 name: small
-world: {name: replies}
 seeds: [0, 1, 2]
 baseline: sft
 stages:
@@ -49,9 +55,12 @@ workers: 2
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory) -> tuple[Path, list[str]]:
-    root = tmp_path_factory.mktemp("suite")
+    """A suite that has run, in a folder whose name happens to be a secret."""
+    root = tmp_path_factory.mktemp("secret-suite")
     (root / "suite.yaml").write_text(SUITE)
-    return root, list(run_suite(root / "suite.yaml", out=root / "out"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MADE_UP_TOKEN", root.name)
+        return root, list(run_suite(root / "suite.yaml", out=root / "out"))
 
 
 @pytest.fixture
@@ -72,7 +81,7 @@ def test_every_cell_is_measured_with_its_budget(report):
     assert (sft.budget.tokens_backward, sft.budget.seconds, sft.metrics["kl_sequence"]) == (0, 0, 0)
     assert dpo.budget.tokens_backward == dpo.budget.tokens_forward == rm.budget.tokens_backward > 0
     assert dpo.budget.tokens_sampled == 0
-    assert rm.budget.tokens_sampled > 0
+    assert 0 < rm.budget.tokens_sampled <= 5 * 2 * (3 - 1) * 12  # two replies of each of three are not given
     assert rm.budget.peak_memory_bytes > 1e8
     assert rm.metrics["kl_sequence"] == pytest.approx(1.0986 - 2 / 3, abs=1e-3)
     assert "reward_accuracy" in rm.metrics
@@ -137,3 +146,98 @@ def test_a_cell_that_fails_is_reported_and_the_others_are_kept(ran, tmp_path):
         "measure DPO <b>, seed 0"
     ]
     assert "needs `train DPO &lt;b&gt;, seed 0`, which failed" in (tmp_path / "out/report.html").read_text()
+
+
+def test_no_secret_is_in_the_file_of_a_cell(tmp_path, plugins):
+    secret = "hf_" + "abcdefgh" * 3
+    suite = validated(SuiteConfig, parse(SUITE, "suite.yaml"), plugins.find)
+    execution = Execution(suite, Plan(), tmp_path, None, plugins.find)
+    (tmp_path / "cells").mkdir()
+    future: Future[str] = Future()
+    future.set_result(json.dumps({"metrics": {}, "samples": [{"prompt": "p", "reply": secret}]}))
+    assert execution._settle("key", Task("measure it", {"measure": {}}, ()), future)
+    kept = json.loads((tmp_path / "cells/key.json").read_text())
+    assert kept["samples"] == [{"prompt": "p", "reply": "[redacted]"}]
+    assert kept["commit"] == commit_of()
+
+
+class Pool:
+    """A pool of processes whose answers are given; it breaks at the first answer that is None."""
+
+    def __init__(self, answers: Callable[[dict], dict | None]) -> None:
+        self.answers, self.broken = answers, False
+
+    def __call__(self, *arguments):
+        return self
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        return None
+
+    def submit(self, work, text: str) -> Future[str]:
+        if self.broken:
+            raise BrokenProcessPool
+        future: Future[str] = Future()
+        answer = self.answers(json.loads(text))
+        if answer is None:
+            self.broken = True
+            future.set_exception(BrokenProcessPool())
+        else:
+            future.set_result(json.dumps(answer))
+        return future
+
+
+def executed(tmp_path, plugins, monkeypatch, answers) -> Execution:
+    """The suite with one seed, worked off by a pool with these answers."""
+    monkeypatch.setattr("prefopt.bench.suite.ProcessPoolExecutor", Pool(answers))
+    document = apply_overrides(parse(SUITE, "suite.yaml"), ["seeds=[0]"])
+    suite = validated(SuiteConfig, document, plugins.find)
+    plan = make_plan(suite, document, tmp_path, plugins.find)
+    execution = Execution(suite, plan, tmp_path, None, plugins.find)
+    (tmp_path / "cells").mkdir()
+    tasks = execution._tasks()
+    list(execution._work(tasks, dict(tasks)))
+    return execution
+
+
+def test_an_unforeseen_failure_is_listed_and_the_rest_is_worked_off(tmp_path, plugins, monkeypatch):
+    done = []
+
+    def answers(request):
+        if request.get("train", {}).get("algorithm", {}).get("name") == "dpo":
+            return {"error": ["ZeroDivisionError: x"], "traceback": "File ..., line 1"}
+        done.append(next(iter(request)))
+        return {"metrics": {}, "samples": []}
+
+    execution = executed(tmp_path, plugins, monkeypatch, answers)
+    assert done == ["train", "train", "measure", "measure"] or done == ["train", "measure", "train", "measure"]
+    assert [(f.title, f.problem, f.traceback) for f in execution.failures] == [
+        ("train DPO <b>, seed 0", "ZeroDivisionError: x", "File ..., line 1"),
+        ("measure DPO <b>, seed 0", "needs `train DPO <b>, seed 0`, which failed", ""),
+    ]
+
+
+def test_a_dead_process_is_a_failure_and_nothing_more_begins(tmp_path, plugins, monkeypatch):
+    execution = executed(
+        tmp_path, plugins, monkeypatch, lambda request: None if request["train"]["algorithm"]["name"] == "dpo" else {}
+    )
+    assert [f.problem for f in execution.failures] == [
+        "a worker process died, this one or one beside it. Out of memory? Run again.",
+        "not begun: a worker process died before",
+        "not begun: a worker process died before",
+        "needs `train DPO <b>, seed 0`, which failed",
+        "needs `train RM, seed 0`, which failed",
+    ]
+
+
+def test_measurements_run_on_the_device_of_the_base_run(tmp_path, plugins, monkeypatch):
+    asked = []
+
+    def answers(request):
+        asked.append(request["measure"]["device"] if "measure" in request else request["train"]["run"]["device"])
+        return {"metrics": {}, "samples": []}
+
+    executed(tmp_path, plugins, monkeypatch, answers)
+    assert asked == ["cpu"] * 6

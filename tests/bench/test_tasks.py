@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from prefopt.api import Comparison, Completion, ConfigError, RewardSource, Rollout, Score
+from prefopt.api import Comparison, Completion, ConfigError, Prompt, Ranking, RewardSource, Rollout, Row, Score
 from prefopt.bench.tasks import Divergence, GoldReward, Length, RewardQuality, WinRate
+from prefopt.data.adapt import adapt
 
 
 class Letters(RewardSource):
@@ -37,7 +38,7 @@ class Fixed:
     theirs: list[Rollout] = field(default_factory=list)
     ratios: list[list[float]] | None = None
     bound: float | None = None
-    rows: Sequence[Comparison] = ()
+    rows: Sequence[Row] = ()
     judged: list[list[float]] | None = None
 
     def rollouts(self, n):
@@ -106,6 +107,41 @@ def test_reward_quality_by_hand():
     assert RewardQuality().evaluate(Fixed(rows=rows)) == {}
 
 
+def test_without_a_better_side_in_any_pair_there_is_no_accuracy():
+    subject = Fixed(rows=[pair(0.5), pair(0.5, "a", "b")], judged=[[1.0, 0.0], [0.0, 1.0]])
+    found = RewardQuality(reward=Letters()).evaluate(subject)
+    assert "reward_accuracy" not in found
+    assert found["gold_agreement"] == 1.0  # gold prefers aa, and finds a and b equal
+    assert "gold_agreement" not in RewardQuality(reward=Letters()).evaluate(
+        Fixed(rows=subject.rows[1:], judged=[[1, 0]])
+    )
+
+
+def test_reward_quality_of_rankings_is_that_of_their_pairs():
+    texts = ("aaa", "a", "aa")
+    ranking = Ranking(prompt="p", completions=tuple(map(Completion, texts)), ranks=(0, 2, 1))
+    pairs = adapt([ranking], Comparison)
+    judged = [[float(len(p.chosen.text)), float(len(p.rejected.text))] for p in pairs]
+    found = RewardQuality(reward=Letters()).evaluate(Fixed(rows=[ranking], judged=judged))
+    assert found == RewardQuality(reward=Letters()).evaluate(Fixed(rows=pairs, judged=judged))
+    assert (found["reward_accuracy"], found["gold_agreement"]) == (1.0, 1.0)
+
+
+class Uneven(RewardSource):
+    """Names a part of its score for some completions only."""
+
+    name = "uneven"
+
+    def score(self, groups):
+        parts = [{"all": 1.0, "some": 2.0}, {"all": 3.0}]
+        return [[Score(1.0, parts=parts[i]) for i, _ in enumerate(group.completions)] for group in groups]
+
+
+def test_a_part_that_some_scores_do_not_have_is_left_out():
+    found = GoldReward(reward=Uneven(), samples=2).evaluate(Fixed([rollout("a", "b")]))
+    assert found == {"gold_reward": 1.0, "gold_reward/all": 2.0}
+
+
 def test_reward_quality_needs_comparisons():
     with pytest.raises(ConfigError, match="needs held-out comparisons"):
-        RewardQuality().evaluate(Fixed(judged=[]))
+        RewardQuality().evaluate(Fixed(rows=[Prompt(prompt="p")], judged=[]))

@@ -82,7 +82,7 @@ def test_a_tie_pulls_scores_together():
     assert scores.grad[0] > 0 > scores.grad[1]
 
 
-RANKINGS = [([0.3, -1.2, 2.0], [1, 2, 0]), ([0.5, 0.1, -0.4, 1.0], [0, 1, 3, 1])]
+RANKINGS = [([0.3, -1.2, 2.0], [1, 2, 0]), ([0.5, 0.1, -0.4, 1.0], [0, 1, 3, 1]), ([0.7, -0.2], [0, 0])]
 
 
 def test_listwise_equals_its_definition_with_groups_of_different_size_and_ties():
@@ -96,13 +96,32 @@ def test_listwise_equals_its_definition_with_groups_of_different_size_and_ties()
     )
     scores = torch.tensor([score for _, _, score in flat], dtype=torch.double)
     loss = RewardModelListwise().loss(batch, Policy({"scores": scores}))
-    expected, right, pairs = 0.0, [], 0
+    expected, right, errors = 0.0, [], []
     for scores_, ranks in RANKINGS:
         for s, r in zip(scores_, ranks, strict=True):
             rivals = sum(math.exp(x) for x, q in zip(scores_, ranks, strict=True) if q >= r)
             expected += math.log(rivals) - s
         told = [(i, j) for i, j in combinations(range(len(ranks)), 2) if ranks[i] != ranks[j]]
         pairs = [(scores_[i] > scores_[j]) == (ranks[i] < ranks[j]) for i, j in told]
-        right.append(sum(pairs) / len(pairs))
-    assert loss.value.item() == pytest.approx(expected / 2, abs=1e-10)
-    assert loss.metrics["reward/accuracy"].item() == pytest.approx(sum(right) / 2, abs=1e-10)
+        right.append(sum(pairs) / len(pairs) if pairs else 0.5)
+        chances = [(1 / (1 + math.exp(scores_[j] - scores_[i])), i, j) for i, j in combinations(range(len(ranks)), 2)]
+        labels = [0.5 if ranks[i] == ranks[j] else float(ranks[i] < ranks[j]) for _, i, j in chances]
+        errors.append(sum((p - y) ** 2 for (p, _, _), y in zip(chances, labels, strict=True)) / len(labels))
+    assert loss.value.item() == pytest.approx(expected / 3, abs=1e-10)
+    assert loss.metrics["reward/accuracy"].item() == pytest.approx(sum(right) / 3, abs=1e-10)
+    assert loss.metrics["calibration/brier"].item() == pytest.approx(sum(errors) / 3, abs=1e-10)
+
+
+def test_listwise_is_as_calibrated_on_pairs_as_the_pairwise_model():
+    scores, ranks = torch.tensor([0.8, -0.3, 0.1, 0.4]), torch.tensor([0.0, 1.0, 0.0, 1.0])
+    ranked = Batch.build([[1]] * 4, role=[Role.RANKED] * 4, group=[0, 0, 1, 1], columns={"rank": ranks})
+    pairs = Batch.build(
+        [[1]] * 4,
+        role=[Role.CHOSEN, Role.REJECTED] * 2,
+        group=[0, 0, 1, 1],
+        columns={"preference": torch.tensor([1.0, 0.0, 1.0, 0.0])},
+    )
+    listwise = RewardModelListwise().loss(ranked, Policy({"scores": scores})).metrics
+    pairwise = RewardModel().loss(pairs, Policy({"scores": scores})).metrics
+    for name in ("reward/accuracy", "calibration/brier"):
+        assert listwise[name].item() == pytest.approx(pairwise[name].item())

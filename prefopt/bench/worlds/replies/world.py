@@ -25,7 +25,6 @@ from prefopt.api import (
     World,
 )
 from prefopt.bench.worlds.replies.annotators import Annotators, Pool
-from prefopt.bench.worlds.replies.gold import Gold
 from prefopt.bench.worlds.replies.language import DAYS, ORDERS, PROMPT, Request, read_request, sentences
 from prefopt.bench.worlds.replies.writers import write_reply, write_request
 
@@ -125,20 +124,14 @@ class Replies(World):
     """Customers write about their orders, a shop replies: readable, learnable in seconds, with a known gold reward."""
 
     name = "replies"
-    source, gold, judge = RepliesData.name, Gold.name, Annotators.name
-
-    hidden_size: PositiveInt = 64
-    """Width of the base model. It has one attention head, so that a head can carry a whole order number."""
-    layers: PositiveInt = 2
-    """Its depth."""
 
     def recipe(self) -> Recipe:
         config = {
             "model_type": "llama",
-            "hidden_size": self.hidden_size,
-            "intermediate_size": 2 * self.hidden_size,
-            "num_hidden_layers": self.layers,
-            "num_attention_heads": 1,
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 1,  # so that a head can carry a whole order number
             "num_key_value_heads": 1,
             "max_position_embeddings": 256,
             "tie_word_embeddings": True,
