@@ -20,6 +20,7 @@ import torch
 from prefopt.components import Sampler
 from prefopt.config import ModelConfig, RunConfig, dump, resolved
 from prefopt.data.adapt import adapt
+from prefopt.data.check import write_rejects
 from prefopt.data.render import Renderer, load_tokenizer
 from prefopt.data.streams import derive
 from prefopt.engine import checkpoint as checkpoints
@@ -134,6 +135,8 @@ class Session:
         scorer = self._scorer(self.model)
         inputs = Inputs.of(config, self.tokenizer, positions(scorer.network.config), self.services)
         inputs.check()
+        if self.ranks.main:
+            write_rejects(self.folder.path / "rejects.jsonl", inputs.rejects)
         reference = self._reference(scorer)
         forwarder = Forwarder(self.ranks.wrap(scorer), self.ranks, config.optim.token_budget, config.optim.precision)
         optimizer = Optimizer(scorer, config.optim)
