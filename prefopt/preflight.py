@@ -157,7 +157,7 @@ def describe(config: RunConfig, registry: Registry) -> str:
     parts = [f"{config.algorithm.name} ({entry.distribution} {entry.version})"]
     parts.append(f"on {config.algorithm.eats.kind} rows from {config.data.source.name}")
     parts.append(f"needs {', '.join([*sorted(needs.columns), *sorted(needs.during)])}")
-    return ", ".join(parts) + "".join(f"\n{line}" for line in verdicts(config))
+    return ", ".join(parts)
 
 
 def _sections(config: RunConfig) -> dict[str, RowsConfig]:

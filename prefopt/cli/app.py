@@ -188,9 +188,11 @@ def plugins_new(
 def validate(config: ConfigFile, overrides: Overrides = None) -> None:
     """Check a configuration, the first rows of its data, and its plugins; nothing is trained or written."""
     run, found = _read(config, overrides)
-    from prefopt.preflight import describe
+    from prefopt.preflight import describe, verdicts
 
     typer.echo(f"valid: {describe(run, found.registry)}")
+    for line in verdicts(run):
+        typer.echo(line)
 
 
 @app.command()

@@ -190,11 +190,7 @@ def verdict(rows: List[Row]) -> str:
     """What rows are, in words; of a source that makes rows itself, only their kind."""
     whole = getattr(rows, "rows", rows)  # of which some are left out
     if isinstance(whole, Rows):
-        return (
-            f"{whole}, {len(rows):,} of {len(whole):,} usable"
-            if whole is not rows
-            else f"{whole}, {len(rows):,} of them"
-        )
+        return f"{whole}, {len(rows):,} of {len(whole):,} usable" if whole is not rows else str(whole)
     return f"{rows[0].kind if len(rows) else 'no'} rows"
 
 
