@@ -56,9 +56,11 @@ class Report:
 def examine(rows: List[Row]) -> Report:
     """Reads every row once."""
     report = Report(len(rows))
+    read = rows.read if isinstance(rows, Rows) else rows.__getitem__
     for i in range(len(rows)):
         try:
-            report.remarks.update(remarks(rows[i]))
+            for remark in remarks(read(i)):
+                report.remarks[remark] += 1
             report.good.append(i)
         except BadRow as error:
             report.rejects.append(Reject(i, error.sort, error.problems[0]))

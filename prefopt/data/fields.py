@@ -41,10 +41,11 @@ def _other(value: Any) -> str:
 
 def clean(value: str, field: str) -> str:
     """Text that a tokenizer can read."""
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise BadField("not Unicode", field, f"is not valid Unicode at character {error.start}") from None
+    if not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise BadField("not Unicode", field, f"is not valid Unicode at character {error.start}") from None
     if "\0" in value:
         raise BadField("not text", field, f"holds a NUL character at character {value.index(chr(0))}")
     return str(value)
@@ -162,8 +163,7 @@ def answered(found: tuple[Message, ...], field: str) -> tuple[tuple[Message, ...
 def number(data: Fields, field: str, low: float = -math.inf, high: float = math.inf) -> float | None:
     """A finite number between bounds; None when the field is absent or null."""
     value = data.get(field)
-    if isinstance(value, Cell):
-        value = _of_cell(value)
+    value = _of_cell(value) if isinstance(value, Cell) else value
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float) or not _finite(value):

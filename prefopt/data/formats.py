@@ -38,12 +38,16 @@ def recognised(data: Fields) -> Format | None:
 
 def described(data: Fields) -> str:
     """The fields of a record, in words."""
-    return f"fields {', '.join(f'`{k}`' for k in list(data)[:8]) or 'missing'}"
+    return f"fields {', '.join(f'`{k}`' for k in list(data)[:8])}" if data else "no fields"
 
 
-def common(a: Sequence[object], b: Sequence[object]) -> int:
+def common(a: Sequence[Any], b: Sequence[Any]) -> int:
     """How far two texts, or two conversations, are the same."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    low, high = 0, min(len(a), len(b))
+    while low < high:  # halving compares whole pieces at a time, which is much quicker than one by one
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if a[low:middle] == b[low:middle] else (low, middle - 1)
+    return low
 
 
 # --- shared pieces ----------------------------------------------------------------------------------------------------
@@ -63,10 +67,14 @@ def _compared(data: Fields, prompt: Text, chosen: Completion, rejected: Completi
         preference = 1.0 if votes is None else (votes[0] + votes[2] / 2) / sum(votes)
     if chosen.text == rejected.text and preference != 0.5:
         raise BadField("identical sides", "rejected", "is the same text as the chosen side")
-    shared = _shared(data, prompt, "chosen", "rejected", *PAIR_NUMBERS, *used)
-    margin = f.number(data, "margin")
-    sides: Fields = {"chosen": chosen, "rejected": rejected, "margin": margin, "votes": votes}
-    return Comparison(**shared, **sides, preference=preference).upright()
+    return Comparison(
+        **_shared(data, prompt, "chosen", "rejected", *PAIR_NUMBERS, *used),
+        chosen=chosen,
+        rejected=rejected,
+        preference=preference,
+        margin=f.number(data, "margin"),
+        votes=votes,
+    ).upright()
 
 
 # --- pairs ------------------------------------------------------------------------------------------------------------
@@ -205,6 +213,8 @@ def _ranks(data: Fields, votes: tuple[tuple[int, ...], ...], size: int) -> tuple
 def _ultrafeedback(data: Fields) -> Row:
     """UltraFeedback: each completion is an object with a `response` and an `overall_score`."""
     items = data["completions"]
+    if not isinstance(items, list):
+        raise BadField("too few", "completions", "must be a list of at least two completions")
     for i, item in enumerate(items):
         if not isinstance(item, dict) or not {"response", "overall_score"} <= item.keys():
             raise BadField("wrong fields", f"completions[{i}]", "must have `response` and `overall_score`")

@@ -26,6 +26,7 @@ from typing import Any, BinaryIO, Final
 from prefopt.errors import DataError, Problem
 
 MAX_PROBLEMS = 50
+BOM: Final = b"\xef\xbb\xbf"
 Fields = dict[str, Any]
 
 
@@ -78,6 +79,17 @@ class Records(ABC):
             return Record(where, self.fields(index))
         except BadRow as error:
             raise error.at(where) from None
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> Fields:
+    data = dict(pairs)
+    if len(data) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise BadRow("field twice", f"field `{next(k for k in keys if keys.count(k) > 1)}` is written twice")
+    return data
+
+
+DECODER: Final = json.JSONDecoder(object_pairs_hook=_unique)
 
 
 def shortened(problems: list[Problem]) -> list[Problem]:
@@ -150,7 +162,10 @@ def _lines(file: BinaryIO, limit: int | None) -> Cut:
 def _object(line: bytes) -> Fields:
     """The object on a line of JSONL."""
     try:
-        data = json.loads(line.decode("utf-8-sig").rstrip(), object_pairs_hook=_unique)
+        text = line.removeprefix(BOM).decode().strip()
+        data, end = DECODER.raw_decode(text)
+        if end < len(text):
+            raise json.JSONDecodeError("Extra data", text, end)
     except UnicodeDecodeError as error:
         raise BadRow("not UTF-8", f"not UTF-8: {error.reason} at byte {error.start}") from None
     except json.JSONDecodeError as error:
@@ -169,14 +184,6 @@ def _unreadable(error: Exception) -> BadRow:
 def _named(data: Any) -> Fields:
     if not isinstance(data, dict):
         raise BadRow("not an object", f"a row is an object with named fields, not {type(data).__name__}")
-    return data
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> Fields:
-    data = dict(pairs)
-    if len(data) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise BadRow("field twice", f"field `{next(k for k in keys if keys.count(k) > 1)}` is written twice")
     return data
 
 
@@ -213,7 +220,7 @@ def _csv_cuts(path: Path, file: BinaryIO, limit: int | None) -> Iterator[tuple[i
 
 
 def _cells(line: bytes) -> list[str]:
-    text = line.removeprefix(b"\xef\xbb\xbf").decode("utf-8", "surrogateescape")
+    text = line.removeprefix(BOM).decode("utf-8", "surrogateescape")
     return next(csv.reader(io.StringIO(text, newline=""), strict=True), [])
 
 
@@ -228,7 +235,6 @@ def _cell_fields(line: bytes, header: Sequence[str]) -> Fields:
 
 LIST_KEYS: Final = ("data", "examples", "rows", "instances")
 SPACE: Final = re.compile(r"[ \t\r\n]*")
-DECODER: Final = json.JSONDecoder(object_pairs_hook=_unique)
 
 
 class Items(Records):

@@ -5,6 +5,7 @@ The format is decided once, from the first records, and said in words; a record 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as List
 from dataclasses import dataclass, replace
@@ -24,6 +25,7 @@ Labels: TypeAlias = Mapping[str, Value | tuple[Value, ...]]
 MARKED: Final = ("label", "kto_tag", "raters")
 TRUTHS: Final[Mapping[str, bool | str]] = {"desirable": True, "undesirable": False, "a": "a", "b": "b", "tie": "tie"}
 LISTS: Final = frozenset({"raters", "completions", "scores", "ranks", "votes"})
+TURNS: Final = re.compile(r"\n\n(?:Human|Assistant):")
 HINT: Final = "Say which columns are which with data.columns, such as {prompt: question, completion: answer}."
 
 
@@ -129,8 +131,9 @@ class Rows(List[Row]):
         try:
             data = self.names.apply(record.data)
         except BadRow as error:
-            return error.at(record.where)
-        return BadRow("wrong fields", f"no format has the {described(data)}", record.where, f"{HINT}\n    {KNOWN}")
+            return DataError(*error.at(record.where).problems)
+        what = f"no format fits a record with {described(data)}"
+        return DataError(what, where=record.where, fix=f"{HINT}\n    {KNOWN}")
 
     def _failures(self, size: int) -> Iterator[BadRow]:
         for i in range(size):
@@ -155,21 +158,24 @@ class Rows(List[Row]):
             return [self[i] for i in range(*index.indices(len(self)))]
         if not -len(self) <= index < len(self):
             raise IndexError(index)
-        row = self._parsed(index % len(self))
-        if isinstance(row.prompt, str) == self.conversational:
-            others = "conversations" if self.conversational else "plain text"
-            raise BadRow("mixed", f"is unlike the first rows, which are {others}", self.where(index))
+        return replace(self.read(index % len(self)), index=index % len(self))
+
+    def read(self, index: int) -> Row:
+        """A row that does not know its index: what looking at every row needs. Raises `BadRow` with its place."""
+        try:
+            row = self._parsed(index)
+            if isinstance(row.prompt, str) == self.conversational:
+                others = "conversations" if self.conversational else "plain text"
+                raise BadRow("mixed", f"is unlike the first rows, which are {others}")
+        except BadRow as error:
+            raise error.at(self.where(index)) from None
         return row
 
     def _parsed(self, index: int) -> Row:
-        record = self.records[index]
-        try:
-            data = self.names.apply(record.data)
-            if not self.form.needs <= data.keys():
-                raise BadRow("wrong fields", f"{described(data)}, unlike the first row, which is {self.form.name}")
-            return replace(self.form.parse(data), index=index)
-        except BadRow as error:
-            raise error.at(record.where) from None
+        data = self.names.apply(self.records.fields(index))
+        if not self.form.needs <= data.keys():
+            raise BadRow("wrong fields", f"{described(data)}, unlike the first row, which is {self.form.name}")
+        return self.form.parse(data)
 
     def __str__(self) -> str:
         """The verdict: what the rows were taken for."""
@@ -196,22 +202,25 @@ def verdict(rows: List[Row]) -> str:
 
 def remarks(row: Row) -> Iterator[str]:
     """What is odd about a row and yet no error: it is counted."""
-    replies: tuple[Any, ...] = ()
-    if isinstance(row, Comparison):
-        replies = (row.chosen, row.rejected)
-        if row.preference == 0.5:
-            yield "ties"
-    elif isinstance(row, Ranking):
-        replies = row.completions
-    elif isinstance(row, Demonstration | Judgement):
-        replies = (row.completion,)
-    if any(not reply.text.strip() for reply in replies):
+    texts = _replies(row)
+    if not all(texts) or any(map(str.isspace, texts)):
         yield "empty completions"
-    if any(turn in reply.text for reply in replies for turn in ("\n\nHuman:", "\n\nAssistant:")):
+    if TURNS.search("\0".join(texts)):
         yield "completions with further turns"
     if _blank(row.prompt):
         yield "empty prompts"
+    if isinstance(row, Comparison) and row.preference == 0.5:
+        yield "ties"
+
+
+def _replies(row: Row) -> tuple[str, ...]:
+    if isinstance(row, Comparison):
+        return row.chosen.text, row.rejected.text
+    if isinstance(row, Ranking):
+        return tuple(reply.text for reply in row.completions)
+    return (row.completion.text,) if isinstance(row, Demonstration | Judgement) else ()
 
 
 def _blank(prompt: Text) -> bool:
-    return not (prompt if isinstance(prompt, str) else prompt[-1].content).strip()
+    text = prompt if isinstance(prompt, str) else prompt[-1].content
+    return not text or text.isspace()

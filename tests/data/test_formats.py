@@ -111,7 +111,7 @@ def test_every_bad_row_is_reported():
 
 
 def test_an_unknown_format_lists_the_known_ones():
-    with pytest.raises(DataError, match="no format has the fields `question`, `answer`") as caught:
+    with pytest.raises(DataError, match="no format fits a record with fields `question`, `answer`") as caught:
         rows({"question": "q", "answer": "a"})
     assert "chosen, prompt, rejected (preference)" in caught.value.problems[0].fix
 
