@@ -134,6 +134,10 @@ class Session:
         self.tokenizer = load_tokenizer(self.model.path, self.model.trust_remote_code)
         scorer = self._scorer(self.model)
         inputs = Inputs.of(config, self.tokenizer, positions(scorer.network.config), self.services)
+        if inputs.mix is not None:  # never ignored in silence: the loop does not add its loss yet
+            raise ConfigError(
+                "this version reads data.mix but cannot train on it yet", where="data.mix", fix="Remove it."
+            )
         inputs.check()
         if self.ranks.main:
             write_rejects(self.folder.path / "rejects.jsonl", inputs.rejects)

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence as List
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 from pydantic import Field, field_validator
 
 from prefopt.api import DataSource, Row, Services
 from prefopt.data.formats import BY_NAME
 from prefopt.data.read import Records, read_csv, read_hub, read_json, read_jsonl, read_parquet
-from prefopt.data.source import PEEK, Value, rows_of
+from prefopt.data.source import PEEK, Labels, Value, rows_of
 from prefopt.errors import did_you_mean
 
 Label = Literal["a", "b", "tie", "desirable", "undesirable"]
+
+
+T = TypeVar("T")
+
+
+def _frozen(value: T | list[T]) -> T | tuple[T, ...]:
+    return tuple(value) if isinstance(value, list) else value
 
 
 class Tabular(DataSource):
@@ -22,9 +29,9 @@ class Tabular(DataSource):
 
     format: str = "auto"
     """Name of the format, or `auto` to recognise it by the fields."""
-    columns: dict[str, str | tuple[str, ...]] = Field({})
+    columns: dict[str, str | list[str]] = Field({})
     """What the file calls our fields: a column, a dotted path into it, or several to be joined."""
-    labels: dict[Label, Value | tuple[Value, ...]] = Field({})
+    labels: dict[Label, Value | list[Value]] = Field({})
     """Which values of a label column stand for `a`, `b`, `tie`, `desirable` or `undesirable`."""
 
     @field_validator("format")
@@ -39,7 +46,9 @@ class Tabular(DataSource):
         raise NotImplementedError
 
     def _rows(self, records: Records) -> List[Row]:
-        return rows_of(records, self.format, self.columns, {str(ours): theirs for ours, theirs in self.labels.items()})
+        columns = {ours: _frozen(theirs) for ours, theirs in self.columns.items()}
+        labels: Labels = {ours: _frozen(theirs) for ours, theirs in self.labels.items()}
+        return rows_of(records, self.format, columns, labels)
 
     def rows(self) -> List[Row]:
         """All rows by index, read when they are asked for; asking for a bad one raises."""

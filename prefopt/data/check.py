@@ -53,15 +53,16 @@ class Report:
         return [reject.problem for reject in self.rejects]
 
 
-def examine(rows: List[Row]) -> Report:
-    """Reads every row once."""
+def examine(rows: List[Row], odd: bool = True) -> Report:
+    """Reads every row once. With `odd`, what is odd and yet no error is counted as well."""
     report = Report(len(rows))
     read = rows.read if isinstance(rows, Rows) else rows.__getitem__
     for i in range(len(rows)):
         try:
-            for remark in remarks(read(i)):
-                report.remarks[remark] += 1
+            row = read(i)
             report.good.append(i)
+            for remark in remarks(row) if odd else ():
+                report.remarks[remark] += 1
         except BadRow as error:
             report.rejects.append(Reject(i, error.sort, error.problems[0]))
     return report
@@ -119,7 +120,7 @@ def screened(rows: List[Row], policy: Policy) -> tuple[List[Row], list[Reject]]:
     """The usable rows, and the rest with reasons. Rows that a source has made itself are taken as they are."""
     if not isinstance(rows, Rows):
         return rows, []
-    report = examine(rows)
+    report = examine(rows, odd=False)
     policy.check(report.problems, report.total)
     return (Kept(rows, report.good) if report.rejects else rows), report.rejects
 

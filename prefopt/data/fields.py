@@ -163,8 +163,7 @@ def answered(found: tuple[Message, ...], field: str) -> tuple[tuple[Message, ...
 def number(data: Fields, field: str, low: float = -math.inf, high: float = math.inf) -> float | None:
     """A finite number between bounds; None when the field is absent or null."""
     value = data.get(field)
-    value = _of_cell(value) if isinstance(value, Cell) else value
-    if value is None:
+    if value is None or (isinstance(value, Cell) and (value := _of_cell(value)) is None):
         return None
     if isinstance(value, bool) or not isinstance(value, int | float) or not _finite(value):
         raise BadField("not a number", field, f"must be a finite number, not {shown(value)}")

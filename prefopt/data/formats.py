@@ -56,7 +56,8 @@ def common(a: Sequence[Any], b: Sequence[Any]) -> int:
 def _shared(data: Fields, prompt: Text, *used: str) -> Fields:
     """What every row has: its weight, and the columns no parser used."""
     weight = f.number(data, "weight", 0.0)
-    extra = {k: v for k, v in data.items() if k not in used and k not in ("prompt", "weight")}
+    rest = data.keys() - used
+    extra = {k: v for k, v in data.items() if k in rest and k not in ("prompt", "weight")} if rest else {}
     return {"prompt": prompt, "weight": 1.0 if weight is None else weight, "extra": extra}
 
 
@@ -68,7 +69,7 @@ def _compared(data: Fields, prompt: Text, chosen: Completion, rejected: Completi
     if chosen.text == rejected.text and preference != 0.5:
         raise BadField("identical sides", "rejected", "is the same text as the chosen side")
     return Comparison(
-        **_shared(data, prompt, "chosen", "rejected", *PAIR_NUMBERS, *used),
+        **_shared(data, prompt, "prompt", "chosen", "rejected", *PAIR_NUMBERS, *used),
         chosen=chosen,
         rejected=rejected,
         preference=preference,

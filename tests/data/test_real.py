@@ -86,7 +86,7 @@ def real(shared) -> Path:
 
 
 def rows_with(path: Path, settings: dict):
-    return BY_SUFFIX[suffix(path)].model_validate_json(json.dumps({"path": str(path), **settings})).rows()
+    return BY_SUFFIX[suffix(path)].model_validate_json(json.dumps({"path": str(path), **settings}), strict=True).rows()
 
 
 def test_every_file_is_read_or_refused_with_a_place_and_a_cure(real):

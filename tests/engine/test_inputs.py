@@ -86,3 +86,9 @@ def test_held_out_rows_have_no_mix(inputs, tmp_path):
     data = source(tmp_path / "d.jsonl", tiny_rows("demonstration"))
     with pytest.raises(ConfigError, match="leave `mix` out"):
         inputs(data=data, eval={"every": 1, "data": {**data, "mix": data}})
+
+
+def test_what_is_mixed_in_is_refused_rather_than_ignored(train_tiny, tmp_path):
+    data = source(tmp_path / "d.jsonl", tiny_rows("demonstration"))
+    with pytest.raises(ConfigError, match="cannot train on it yet"):
+        train_tiny(data={**data, "mix": data})
