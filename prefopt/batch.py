@@ -118,7 +118,7 @@ class Batch:
     """N sequences side by side.
 
     ids:     [N, T] completion tokens, 0 where masked.
-    mask:    [N, T] True at real completion tokens.
+    mask:    [N, T] True at real completion tokens that are trained on.
     role:    [N] a `Role`.
     group:   [N] sequences of the same row share a number.
     weight:  [N] multiplies the sequence's share of every mean.
@@ -142,14 +142,17 @@ class Batch:
         group: Sequence[int],
         weight: Sequence[float] | None = None,
         columns: Mapping[str, Tensor] | None = None,
+        trained: Sequence[Sequence[bool] | None] | None = None,
     ) -> Batch:
-        """A batch from token lists; its counts are those of the batch itself."""
+        """A batch from token lists; its counts are those of the batch itself. `trained` says which tokens of a
+        completion count, None for all; the last one always does."""
         width = max((len(c) for c in completions), default=0)
         ids = torch.zeros(len(completions), width, dtype=torch.long)
         mask = torch.zeros(len(completions), width, dtype=torch.bool)
         for i, tokens in enumerate(completions):
             ids[i, : len(tokens)] = torch.as_tensor(tokens, dtype=torch.long)
-            mask[i, : len(tokens)] = True
+            spans = trained[i] if trained is not None else None
+            mask[i, : len(tokens)] = True if spans is None else torch.as_tensor(spans)
         weights = torch.ones(len(completions)) if weight is None else torch.tensor(weight, dtype=torch.float32)
         batch = cls(ids, mask, torch.tensor(role), torch.tensor(group), weights, {}, dict(columns or {}))
         return batch.recounted()
@@ -180,7 +183,13 @@ class Batch:
 
     def last_token(self, x: Tensor) -> Tensor:
         """[N, T] -> [N], at the last real token."""
-        return x.gather(1, (self.lengths - 1).clamp(min=0)[:, None]).squeeze(1)
+        return x.gather(1, (self.extents - 1).clamp(min=0)[:, None]).squeeze(1)
+
+    @cached_property
+    def extents(self) -> Tensor:
+        """[N] positions of each completion up to its last real token: its length, unless others speak in between."""
+        places = torch.arange(1, self.mask.shape[1] + 1, device=self.mask.device)
+        return (self.mask * places).max(-1).values if self.mask.shape[1] else self.lengths
 
     @cached_property
     def lengths(self) -> Tensor:
@@ -287,7 +296,7 @@ class Batch:
     def select(self, index: Sequence[int]) -> Batch:
         """The given sequences, with the counts of the whole."""
         chosen = torch.as_tensor(index, dtype=torch.long)
-        width = int(self.lengths[chosen].max()) if len(chosen) else 0
+        width = int(self.extents[chosen].max()) if len(chosen) else 0
 
         def cut(x: Tensor) -> Tensor:
             return x[chosen][:, :width] if x.dim() == 2 else x[chosen]

@@ -230,7 +230,8 @@ class DataSource(Component):
     key: ClassVar[str] = "source"
 
     def open(self, services: Services) -> List[Row]:
-        """The rows, by index. Raises `DataError` with every bad row."""
+        """The rows, by index: a list, or a sequence that reads a row when it is asked for it and raises `DataError`
+        when that row is bad. A source as a whole that cannot be read raises here."""
         raise NotImplementedError(f"data source `{self.name}` must define open")
 
     def peek(self, services: Services) -> List[Row]:

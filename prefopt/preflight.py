@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prefopt.batch import Needs
-from prefopt.components import Algorithm, Component, DataSource, Recipe, Scorer, World
+from prefopt.components import Algorithm, Component, Recipe, Scorer, World
 from prefopt.config import DataConfig, RunConfig
-from prefopt.data.adapt import adapt, adaptable
+from prefopt.config.models import MixConfig, RowsConfig
+from prefopt.data.adapt import adapt
+from prefopt.data.check import Policy, screened
+from prefopt.data.source import verdict
 from prefopt.data.streams import generator
 from prefopt.errors import ConfigError, DataError, PluginError, PrefoptError, Problem
 from prefopt.registry import Registry
-from prefopt.rows import Row
+from prefopt.rows import Demonstration, Row
 
 if TYPE_CHECKING:
     import numpy as np
@@ -58,6 +61,8 @@ def _errors(config: RunConfig, registry: Registry, promised: Collection[str]) ->
     yield from _caught(partial(_check_data, config.data, "data", config))
     if config.eval is not None and config.eval.data is not None:
         yield from _caught(partial(_check_data, config.eval.data, "eval.data", config))
+    if config.data.mix is not None:
+        yield from _caught(partial(_check_mix, config.data.mix, config))
 
 
 def _caught(check: Callable[[], None]) -> Iterator[PrefoptError]:
@@ -109,12 +114,8 @@ def _needs(algorithm: Algorithm) -> Needs:
 
 def _check_data(data: DataConfig, where: str, config: RunConfig) -> None:
     """The first rows can be read, become what the algorithm eats, and have the numbers it asks for."""
-    rows = _peek(data.source, config.run.seed)
-    if not rows:
-        raise DataError("the data source has no rows", where=where)
-    found, wanted = type(rows[0]), config.algorithm.eats
-    if not adaptable(found, wanted):
-        adapt(rows[:1], wanted)
+    rows, wanted = _peek(data, config.run.seed, where), config.algorithm.eats
+    adapt(rows[:1], wanted)
     needed = _needs(config.algorithm).rows
     problems = []
     for row in rows:
@@ -124,12 +125,20 @@ def _check_data(data: DataConfig, where: str, config: RunConfig) -> None:
                 what = f"algorithm `{config.algorithm.name}` needs `{', '.join(missing)}`, which this row does not have"
                 problems.append(Problem(what, f"{where}, row {row.index}"))
                 break
-    if problems:
+    if problems and data.on_bad_row == "stop":
         raise DataError(*problems[:5])
 
 
-def _peek(source: DataSource, seed: int) -> list[Row]:
-    return list(source.peek(_Light(seed)))
+def _check_mix(data: MixConfig, config: RunConfig) -> None:
+    adapt(_peek(data, config.run.seed, "data.mix")[:1], Demonstration)
+
+
+def _peek(data: RowsConfig, seed: int, where: str) -> list[Row]:
+    """The first rows; bad ones are an error, or left out where they may be dropped."""
+    rows = data.source.peek(_Light(seed))
+    if not len(rows):
+        raise DataError("the data source has no rows", where=where)
+    return list(screened(rows, Policy(data.on_bad_row == "drop", len(rows)))[0])
 
 
 def world_recipe(path: str, find: Callable[[str, str], type[Component]]) -> Recipe | None:
@@ -149,3 +158,20 @@ def describe(config: RunConfig, registry: Registry) -> str:
     parts.append(f"on {config.algorithm.eats.kind} rows from {config.data.source.name}")
     parts.append(f"needs {', '.join([*sorted(needs.columns), *sorted(needs.during)])}")
     return ", ".join(parts)
+
+
+def _sections(config: RunConfig) -> dict[str, RowsConfig]:
+    sections: dict[str, RowsConfig | None] = {"data": config.data, "data.mix": config.data.mix}
+    sections["eval.data"] = config.eval.data if config.eval is not None else None
+    return {where: section for where, section in sections.items() if section is not None}
+
+
+def verdicts(config: RunConfig) -> Iterator[str]:
+    """What the rows of each source were taken for, as far as its first rows tell."""
+    for where, section in _sections(config).items():
+        yield f"{where}: {verdict(section.source.peek(_Light(config.run.seed)))}"
+
+
+def opened(config: RunConfig) -> dict[str, Sequence[Row]]:
+    """All rows of each source, by the section that names it, without a model."""
+    return {where: s.source.open(_Light(config.run.seed)) for where, s in _sections(config).items()}

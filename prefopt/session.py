@@ -20,6 +20,7 @@ import torch
 from prefopt.components import Sampler
 from prefopt.config import ModelConfig, RunConfig, dump, resolved
 from prefopt.data.adapt import adapt
+from prefopt.data.check import write_rejects
 from prefopt.data.render import Renderer, load_tokenizer
 from prefopt.data.streams import derive
 from prefopt.engine import checkpoint as checkpoints
@@ -133,7 +134,13 @@ class Session:
         self.tokenizer = load_tokenizer(self.model.path, self.model.trust_remote_code)
         scorer = self._scorer(self.model)
         inputs = Inputs.of(config, self.tokenizer, positions(scorer.network.config), self.services)
+        if inputs.mix is not None:  # never ignored in silence: the loop does not add its loss yet
+            raise ConfigError(
+                "this version reads data.mix but cannot train on it yet", where="data.mix", fix="Remove it."
+            )
         inputs.check()
+        if self.ranks.main:
+            write_rejects(self.folder.path / "rejects.jsonl", inputs.rejects)
         reference = self._reference(scorer)
         forwarder = Forwarder(self.ranks.wrap(scorer), self.ranks, config.optim.token_budget, config.optim.precision)
         optimizer = Optimizer(scorer, config.optim)

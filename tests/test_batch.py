@@ -145,3 +145,16 @@ def test_a_context_records_and_gives_named_generators():
     ctx.record("kl", torch.tensor(0.5))
     assert ctx.recorded == {"kl": 0.5}
     assert ctx.key("abc").initial_seed() == 3
+
+
+def test_turns_of_others_between_trained_tokens_count_for_nothing():
+    """A completion with a gap: its means skip the gap, and its end is where its last trained token is."""
+    trained = [[True, False, False, True], None]
+    batch = Batch.build([[5, 6, 7, 8], [5, 6]], [0, 0], [0, 1], trained=trained)
+    x = torch.tensor([[1.0, 20.0, 30.0, 4.0], [6.0, 7.0, 0.0, 0.0]])
+    assert batch.sum_tokens(x).tolist() == [5.0, 13.0]
+    assert batch.mean_tokens(x).tolist() == [2.5, 6.5]
+    assert batch.last_token(x).tolist() == [4.0, 7.0]
+    assert batch.counts["tokens"] == 4
+    assert batch.mean(x, "tokens").item() == 4.5
+    assert batch.select([0]).ids.tolist() == [[5, 6, 7, 8]]

@@ -4,7 +4,7 @@ from prefopt.api import Algorithm, DataSource, RewardSource, Sampler, hookimpl
 from prefopt.builtin.algorithms import RewardModel, RewardModelListwise, SupervisedFineTuning
 from prefopt.builtin.rewards import TrainedReward
 from prefopt.builtin.samplers import Plain
-from prefopt.builtin.sources import Jsonl
+from prefopt.builtin.sources import SOURCES
 
 
 @hookimpl
@@ -19,7 +19,7 @@ def prefopt_rewards() -> list[type[RewardSource]]:
 
 @hookimpl
 def prefopt_datasets() -> list[type[DataSource]]:
-    return [Jsonl]
+    return list(SOURCES)
 
 
 @hookimpl

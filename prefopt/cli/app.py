@@ -10,13 +10,13 @@ import typer
 from typer.core import TyperGroup
 
 from prefopt import __version__
-from prefopt.errors import EXIT_CODES, PrefoptError
+from prefopt.errors import EXIT_CODES, DataError, PrefoptError
 
 if TYPE_CHECKING:
     from prefopt.config import RunConfig
     from prefopt.plugins import Plugins
 
-MORE = ("validate", "resume", "explain", "schema")
+MORE = ("validate", "resume", "explain", "data", "schema")
 EPILOG = "Exit codes: " + "; ".join(f"{code} {meaning}" for code, meaning in EXIT_CODES.items()) + "."
 
 
@@ -47,6 +47,8 @@ bench = typer.Typer(help="Compare methods under equal conditions.", no_args_is_h
 app.add_typer(bench, name="bench")
 app.add_typer(show, name="show")
 app.add_typer(plugins, name="plugins")
+data = typer.Typer(help="Look at data before anything is trained.", no_args_is_help=True)
+app.add_typer(data, name="data")
 
 ConfigFile = Annotated[Path, typer.Argument(help="A YAML configuration.", metavar="RUN.YAML")]
 Overrides = Annotated[
@@ -77,15 +79,16 @@ def _options(
     pass
 
 
-def _read(path: Path, overrides: list[str] | None) -> tuple[RunConfig, Plugins]:
-    """A checked configuration and the plugins it may use."""
+def _read(path: Path, overrides: list[str] | None, look: bool = True) -> tuple[RunConfig, Plugins]:
+    """A configuration and the plugins it may use; with `look`, checked for what can be seen without a model."""
     from prefopt.config import allowed_plugins, load_run
     from prefopt.plugins import load
     from prefopt.preflight import check
 
     found = load(allowed_plugins(path, overrides or ()))
     config = load_run(path, found.find, overrides or ())
-    check(config, found.registry)
+    if look:
+        check(config, found.registry)
     return config, found
 
 
@@ -185,9 +188,11 @@ def plugins_new(
 def validate(config: ConfigFile, overrides: Overrides = None) -> None:
     """Check a configuration, the first rows of its data, and its plugins; nothing is trained or written."""
     run, found = _read(config, overrides)
-    from prefopt.preflight import describe
+    from prefopt.preflight import describe, verdicts
 
     typer.echo(f"valid: {describe(run, found.registry)}")
+    for line in verdicts(run):
+        typer.echo(line)
 
 
 @app.command()
@@ -214,6 +219,30 @@ def explain(
     from prefopt.plugins import load
 
     typer.echo(explanation(load(), name, kind))
+
+
+@data.command("check")
+def data_check(
+    path: Annotated[Path, typer.Argument(help="A YAML configuration, or a file of rows.", metavar="RUN.YAML|FILE")],
+    overrides: Overrides = None,
+    rejects: Annotated[Path | None, typer.Option(help="Write every bad row to this file, as JSONL.")] = None,
+) -> None:
+    """Read every row: what the rows are taken for, what is odd, and every bad row by class with its place."""
+    from prefopt.cli.data import CONFIGS, check_rows, file_rows, finish
+    from prefopt.errors import ConfigError
+
+    if path.suffix in CONFIGS:
+        run, _ = _read(path, overrides, look=False)
+        from prefopt.preflight import opened
+
+        sections = opened(run)
+    elif overrides:
+        raise ConfigError("overrides belong to a configuration, and this is a file of rows", where=str(path))
+    else:
+        sections = {str(path): file_rows(path)}
+    found = [reject for name, rows in sections.items() for reject in check_rows(name, rows, typer.echo)]
+    if not finish(found, rejects):
+        raise typer.Exit(DataError.exit_code)
 
 
 @app.command()

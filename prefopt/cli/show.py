@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import groupby
 
 from prefopt.config import RunConfig
 from prefopt.data.render import Tokenizer, Tokens
@@ -24,7 +25,8 @@ def first_batch(config: RunConfig, plugins: Plugins, shown: int = 4) -> Iterator
         raise DataError("nothing is left of the first step's rows", where="data")
     counts = ", ".join(f"{int(n)} {unit}" for unit, n in built.batch.counts.items() if n)
     yield f"{config.algorithm.name}, step 1 of {inputs.total}: {counts}; {sum(map(len, built.tokens))} tokens read"
-    yield "[prompt] is read, <completion> is trained on, token by token"
+    yield from inputs.verdicts()
+    yield "[prompt] is read, <completion> is trained on, token by token; {between} is read on the way"
     groups = list(dict.fromkeys(built.batch.group.tolist()))
     for i, tokens in enumerate(built.tokens):
         group = groups.index(int(built.batch.group[i]))
@@ -35,8 +37,15 @@ def first_batch(config: RunConfig, plugins: Plugins, shown: int = 4) -> Iterator
 
 
 def _sequence(tokenizer: Tokenizer, group: int, role: Role, tokens: Tokens) -> Iterator[str]:
-    completion = "|".join(tokenizer.decode([token]) for token in tokens.completion)
     yield ""
     yield f"group {group}, {role.name.lower()}: {len(tokens.prompt)} + {len(tokens.completion)} tokens"
     yield f"[{tokenizer.decode(list(tokens.prompt))}]"
-    yield f"<{completion}>"
+    yield "".join(_spans(tokenizer, tokens))
+
+
+def _spans(tokenizer: Tokenizer, tokens: Tokens) -> Iterator[str]:
+    """The completion, its trained spans token by token."""
+    marks = tokens.trained or (True,) * len(tokens.completion)
+    for trained, span in groupby(zip(tokens.completion, marks, strict=True), key=lambda pair: pair[1]):
+        words = [tokenizer.decode([token]) for token, _ in span]
+        yield f"<{'|'.join(words)}>" if trained else f"{{{''.join(words)}}}"

@@ -15,7 +15,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic_core import PydanticCustomError
 
 from prefopt.components import Component, DataSource
-from prefopt.config.models import DataConfig, RunConfig, Section, SuiteConfig
+from prefopt.config.models import DataConfig, MixConfig, RowsConfig, RunConfig, Section, SuiteConfig
 from prefopt.config.yaml import Document, Keys, apply_overrides, read
 from prefopt.errors import ConfigError, PrefoptError, Problem, did_you_mean, redact
 
@@ -171,7 +171,7 @@ def _as_written(path: Keys) -> Keys:
 
 
 def _keys(model: type[BaseModel]) -> list[str]:
-    return [key for key in model.model_fields if not (model is DataConfig and key == "source")]
+    return [key for key in model.model_fields if not (issubclass(model, RowsConfig) and key == "source")]
 
 
 def _suggestion(key: str, path: Keys, model: type[BaseModel], written: _Written) -> str:
@@ -193,7 +193,7 @@ def schema(components: Sequence[type[Component]], describe: Callable[[type[Any]]
     run = TypeAdapter(RunConfig).json_schema()
     definitions = run.setdefault("$defs", {})
     models: list[type[BaseModel]] = [m for f in RunConfig.model_fields.values() for m in _models_in(f.annotation)]
-    models.append(RunConfig)
+    models += [RunConfig, MixConfig]
     for model in models:
         _describe(run if model is RunConfig else definitions.get(model.__name__, {}), model, describe)
     for cls in components:
@@ -219,12 +219,13 @@ def _describe(schema: dict[str, Any], model: type[Any], describe: Callable[[type
 
 def _merge_data_sources(definitions: dict[str, Any], sources: Sequence[type[DataSource]]) -> None:
     """In a data section the source's keys stand beside the section's own."""
-    own = definitions["DataConfig"]["properties"]
-    own.pop("source")
-    for cls in sources:
-        definition = definitions[_definition(cls)]
-        definition["properties"] |= {k: v for k, v in own.items() if k not in definition["properties"]}
-    definitions["DataConfig"] = {"oneOf": [{"$ref": f"#/$defs/{_definition(cls)}"} for cls in sources]}
+    plain = {_definition(cls): definitions[_definition(cls)] for cls in sources}
+    for section, suffix in (("MixConfig", ".mix"), ("DataConfig", "")):
+        own = definitions[section]["properties"]
+        own.pop("source")
+        for name, definition in plain.items():
+            definitions[name + suffix] = {**definition, "properties": {**own, **definition["properties"]}}
+        definitions[section] = {"oneOf": [{"$ref": f"#/$defs/{name}{suffix}"} for name in plain]}
 
 
 def _filled(node: Any, components: Sequence[type[Component]]) -> Any:

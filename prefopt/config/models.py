@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     AfterValidator,
@@ -63,8 +63,8 @@ class ModelConfig(Section):
     """Whether code that came with the model may run. It never does unless this says so."""
 
 
-class DataConfig(Section):
-    """The rows to train on: a data source with its own keys, and how its text becomes tokens."""
+class RowsConfig(Section):
+    """Rows: a data source with its own keys, and how its text becomes tokens."""
 
     source: DataSource
     """Where the rows come from; its settings stand beside it."""
@@ -73,6 +73,19 @@ class DataConfig(Section):
     overflow: Literal["stop", "drop", "truncate"] = "stop"
     """What to do with longer sequences: stop with an error, drop their row, or cut the prompt's start, then the
     completion's end. Dropped and cut rows are counted."""
+    train_on: Literal["last", "all"] = "last"
+    """Which assistant turns of a demonstration are trained on: the last, or all of them."""
+    on_bad_row: Literal["stop", "drop"] = "stop"
+    """What to do with rows that cannot be used: stop and report them all, or drop them and write them to
+    `rejects.jsonl` in the run folder."""
+    max_bad_rows: PositiveInt | Share | None = None
+    """The most rows that may be dropped, as a number, or below 1 as a share. Default: 0.05."""
+
+    @model_validator(mode="after")
+    def _a_cap_is_for_dropping(self) -> Self:
+        if self.max_bad_rows is not None and self.on_bad_row != "drop":
+            raise ValueError("`max_bad_rows` needs `on_bad_row: drop`")
+        return self
 
     @model_validator(mode="before")
     @classmethod
@@ -87,6 +100,23 @@ class DataConfig(Section):
     def _flatten_source(self, handler: Any) -> dict[str, Any]:
         data = handler(self)
         return {**data.pop("source"), **data}
+
+
+class MixConfig(RowsConfig):
+    """A second source that is joined to each step: its rows become demonstrations, and their negative log-likelihood
+    is added to the loss (PPO-ptx, arXiv:2203.02155, eq. 2; regularisation by supervised fine-tuning)."""
+
+    weight: PositiveFloat = 1.0
+    """What their mean negative log-likelihood per token is multiplied with."""
+    batch_size: PositiveInt | None = None
+    """Rows of the second source in each step. Default: `optim.batch_size`."""
+
+
+class DataConfig(RowsConfig):
+    """The rows to train on."""
+
+    mix: MixConfig | None = None
+    """A second source of demonstrations that is joined to each step."""
 
 
 class OptimConfig(Section):
@@ -161,6 +191,12 @@ class EvalConfig(Section):
     """Stop after so many evaluations in a row without a better value."""
     keep_best: bool = False
     """Export the best evaluated model instead of the last one."""
+
+    @model_validator(mode="after")
+    def _nothing_is_mixed_in(self) -> EvalConfig:
+        if self.data is not None and self.data.mix is not None:
+            raise ValueError("held-out rows are evaluated as they are: leave `mix` out")
+        return self
 
 
 class CheckpointConfig(Section):

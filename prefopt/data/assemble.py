@@ -12,9 +12,10 @@ import torch
 from prefopt.batch import Batch
 from prefopt.components import Algorithm
 from prefopt.data.adapt import adapt
+from prefopt.data.check import Reject, place
 from prefopt.data.read import shortened
 from prefopt.data.render import Renderer, Tokens
-from prefopt.errors import DataError, Problem
+from prefopt.errors import DataError
 from prefopt.rows import Comparison, Row, Sequence
 
 
@@ -36,6 +37,8 @@ class Assembler:
     rows: List[Row]
     algorithm: Algorithm
     renderer: Renderer
+    drop: bool = False
+    """Whether rows that cannot be used are dropped, and counted, instead of stopping the run."""
 
     @property
     def counts(self) -> Counter[str]:
@@ -55,8 +58,19 @@ class Assembler:
 
     def __call__(self, indices: Iterable[int]) -> Assembled | None:
         """The step made of these rows; None when nothing is left of them."""
-        sequences, tokens = self.renderer.render(self.sequences(indices))
+        return self._built(indices, self.drop)
+
+    def _built(self, indices: Iterable[int], drop: bool) -> Assembled | None:
+        arranged = self.sequences(indices)
+        sequences, tokens = self.renderer.render(self._with_numbers(arranged) if drop else arranged, drop)
         return Assembled(self._batch(sequences, tokens), tokens) if sequences else None
+
+    def _with_numbers(self, sequences: List[Sequence]) -> list[Sequence]:
+        """Those whose row has every number the algorithm asks for."""
+        needed = self.algorithm.needs().rows
+        lacking = {s.group for s in sequences if not needed <= s.fields.keys()}
+        self.counts["rows/dropped"] += len(lacking)
+        return [s for s in sequences if s.group not in lacking]
 
     def _batch(self, sequences: List[Sequence], tokens: List[Tokens]) -> Batch:
         fields = sorted(self.algorithm.needs().rows)
@@ -67,20 +81,29 @@ class Assembler:
             group=[s.group for s in sequences],
             weight=[s.weight for s in sequences],
             columns=columns,
+            trained=[t.trained for t in tokens],
         )
 
     def check(self, indices: Iterable[int]) -> None:
         """Raises `DataError` with every row that cannot be used; nothing is counted."""
-        problems: list[Problem] = []
+        found = self.unusable(indices)
+        if found:
+            raise DataError(*shortened([reject.problem for reject in found]))
+
+    def unusable(self, indices: Iterable[int]) -> list[Reject]:
+        """Every row that cannot be used, and why; nothing is counted."""
+        found: list[Reject] = []
         before = Counter(self.counts)
         for i in indices:
             try:
-                self((i,))
+                self._built((i,), drop=False)
             except DataError as error:
-                problems += [replace(p, where=f"row {i}, {p.where}" if p.where else f"row {i}") for p in error.problems]
+                what, where = error.problems[0], place(self.rows, i)
+                found.append(
+                    Reject(i, "tokens", replace(what, where=f"{where}, {what.where}" if what.where else where))
+                )
         self.renderer.counts = before
-        if problems:
-            raise DataError(*shortened(problems))
+        return found
 
 
 def field_of(sequence: Sequence, name: str) -> float:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from prefopt.errors import ConfigError, DataError
-from prefopt.rows import Completion, Message, Sequence, Text, show_text
+from prefopt.rows import Completion, Message, Role, Sequence, Text, show_text
 
 REMEMBERED = 20_000
 
@@ -27,10 +27,12 @@ Tokenizer = Any
 @dataclass(frozen=True, slots=True)
 class Tokens:
     """One sequence as token ids. The completion is what is scored; it ends with the end-of-sequence token unless
-    cut."""
+    cut. `trained` says which of its tokens count, where not all do: the turns of others lie between; it begins and ends
+    with True."""
 
     prompt: tuple[int, ...]
     completion: tuple[int, ...]
+    trained: tuple[bool, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.completion)
@@ -55,20 +57,52 @@ class Renderer:
     tokenizer: Tokenizer
     max_length: int | None = None
     overflow: Literal["stop", "drop", "truncate"] = "stop"
+    train_on: Literal["last", "all"] = "last"
     counts: Counter[str] = field(default_factory=Counter)
 
-    def render(self, sequences: Iterable[Sequence]) -> tuple[list[Sequence], list[Tokens]]:
-        """The sequences that fit, and their tokens. When one sequence of a group does not fit, its group is dropped."""
-        pairs = [(s, self._fitted(s, self.tokens(s.prompt, s.completion))) for s in sequences]
-        dropped = {s.group for s, tokens in pairs if tokens is None}
-        self.counts["rows/dropped"] += len(dropped)
-        kept = [(s, tokens) for s, tokens in pairs if tokens is not None and s.group not in dropped]
-        return [s for s, _ in kept], [tokens for _, tokens in kept]
+    def render(self, sequences: Iterable[Sequence], drop: bool = False) -> tuple[list[Sequence], list[Tokens]]:
+        """The sequences that fit, and their tokens. When one sequence of a group does not fit, its group is dropped;
+        with `drop`, a group that cannot be used is dropped too, and counted."""
+        listed = list(sequences)
+        kept: dict[int, Tokens] = {}
+        for places in _groups(listed):
+            found = self._usable([listed[i] for i in places], drop)
+            kept |= zip(places, found, strict=True) if found is not None else ()
+            self.counts["rows/dropped"] += found is None
+        order = sorted(kept)
+        return [listed[i] for i in order], [kept[i] for i in order]
+
+    def _usable(self, group: List[Sequence], drop: bool) -> list[Tokens] | None:
+        try:
+            return self._group(group)
+        except DataError:
+            if not drop:
+                raise
+            return None
+
+    def _group(self, group: List[Sequence]) -> list[Tokens] | None:
+        """The tokens of the sequences of one row, None when one of them is too long."""
+        found = [self._fitted(s, self._of(s)) for s in group]
+        kept = [tokens for tokens in found if tokens is not None]
+        if len(kept) < len(found):
+            return None
+        sides = {s.role: tokens for s, tokens in zip(group, kept, strict=True) if s.fields.get("preference") != 0.5}
+        if Role.CHOSEN in sides and sides[Role.CHOSEN] == sides.get(Role.REJECTED):
+            raise DataError("chosen and rejected have the same tokens", where=f"prompt {_start_of(group[0].prompt)}")
+        return kept
+
+    def _of(self, sequence: Sequence) -> Tokens:
+        several = self.train_on == "all" and sequence.role == Role.DEMONSTRATION
+        if several and not isinstance(sequence.prompt, str) and any(m.role == "assistant" for m in sequence.prompt):
+            found, merged = self._turns((*sequence.prompt, Message("assistant", sequence.completion.text)))
+            self.counts["prompts/merged"] += merged
+            return found
+        return self.tokens(sequence.prompt, sequence.completion)
 
     def prompt_ids(self, prompt: Text) -> tuple[int, ...]:
         """The tokens a model reads before it replies."""
         if isinstance(prompt, str):
-            return (*self._start, *self._encode(prompt))
+            return tuple(self._begun(prompt))
         return self._conversation(prompt, generate=True)
 
     def tokens(self, prompt: Text, completion: Completion) -> Tokens:
@@ -94,10 +128,42 @@ class Renderer:
             raise DataError(f"the completion {text[:40]!r} has no tokens", where=f"prompt {_start_of(prompt)}")
         return Tokens(whole[:shared], whole[shared:]), common < len(before)
 
+    @cached_property
+    def _turns(self) -> Callable[[tuple[Message, ...]], tuple[Tokens, bool]]:
+        return lru_cache(maxsize=REMEMBERED)(self._tokenize_turns)
+
+    def _tokenize_turns(self, talk: tuple[Message, ...]) -> tuple[Tokens, bool]:
+        """A conversation in which every assistant turn is trained on, each to its end-of-sequence token; and whether a
+        turn merges with what stands before it."""
+        whole = tuple(self._ended(list(self._conversation(talk, generate=False)), plain=False))
+        spans = [self._span(talk, i, whole) for i, m in enumerate(talk) if m.role == "assistant"]
+        start, end = max(spans[0][0], 1), spans[-1][1]
+        trained = tuple(any(a <= i < b for a, b, _ in spans) for i in range(start, end))
+        return Tokens(whole[:start], whole[start:end], trained), any(merged for _, _, merged in spans)
+
+    def _span(self, talk: tuple[Message, ...], i: int, whole: tuple[int, ...]) -> tuple[int, int, bool]:
+        """Where turn `i` begins and ends among the tokens of the whole conversation, and whether it merges. Raises
+        `DataError` when the template writes an earlier turn differently once more turns follow."""
+        before = self._conversation(talk[:i], generate=True)
+        after = tuple(self._ended(list(self._conversation(talk[: i + 1], generate=False)), plain=False))
+        start, end = _common_prefix(before, whole), len(after)
+        if after != whole[:end] or start >= end:
+            raise DataError(
+                f"the chat template writes turn {i} differently once more turns follow, so it cannot be trained on",
+                where=f"prompt {_start_of(talk[:1])}",
+                fix="Set data.train_on to last.",
+            )
+        return start, end, start < len(before)
+
     # --- the pieces -------------------------------------------------------------------------------------------------
 
     def _encode(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _begun(self, text: str) -> list[int]:
+        """The tokens of plain text behind exactly one beginning-of-sequence token, which the text may hold itself."""
+        ids = self._encode(text)
+        return ids if self._start and tuple(ids[:1]) == self._start else [*self._start, *ids]
 
     @cached_property
     def _start(self) -> tuple[int, ...]:
@@ -108,7 +174,7 @@ class Renderer:
 
     def _whole(self, prompt: Text, text: str, finished: bool) -> tuple[int, ...]:
         if isinstance(prompt, str):
-            ids = [*self._start, *self._encode(prompt + text)]
+            ids = self._begun(prompt + text)
         else:
             ids = list(self._conversation((*prompt, Message("assistant", text)), generate=False))
         return tuple(self._ended(ids, isinstance(prompt, str)) if finished else ids)
@@ -132,9 +198,18 @@ class Renderer:
                 fix="Use a chat model, or write prompts as text.",
             )
         turns = [{"role": m.role, "content": m.content} for m in messages]
-        encoded = self.tokenizer.apply_chat_template(
-            turns, add_generation_prompt=generate, tokenize=True, return_dict=True
-        )
+        return self._templated(turns, generate)
+
+    def _templated(self, turns: list[dict[str, str]], generate: bool) -> tuple[int, ...]:
+        from jinja2 import TemplateError
+
+        try:
+            encoded = self.tokenizer.apply_chat_template(
+                turns, add_generation_prompt=generate, tokenize=True, return_dict=True
+            )
+        except (TemplateError, ValueError) as error:
+            where = f"prompt {turns[0]['content'][:60]!r}"
+            raise DataError(f"the chat template refuses the conversation: {error}", where=where) from None
         return tuple(encoded["input_ids"])
 
     def _fitted(self, sequence: Sequence, tokens: Tokens) -> Tokens | None:
@@ -151,7 +226,24 @@ class Renderer:
         self.counts["rows/truncated"] += 1
         room = max(1, self.max_length - len(tokens.completion))
         prompt = tokens.prompt[-room:]
-        return Tokens(prompt, tokens.completion[: max(1, self.max_length - len(prompt))])
+        return _cut(prompt, tokens, max(1, self.max_length - len(prompt)))
+
+
+def _cut(prompt: tuple[int, ...], tokens: Tokens, room: int) -> Tokens:
+    """At most `room` tokens of the completion, the last of them trained."""
+    if tokens.trained is None:
+        return Tokens(prompt, tokens.completion[:room])
+    while not tokens.trained[:room][-1]:
+        room -= 1
+    return Tokens(prompt, tokens.completion[:room], tokens.trained[:room])
+
+
+def _groups(sequences: List[Sequence]) -> list[list[int]]:
+    """The places of the sequences of each row."""
+    groups: dict[int, list[int]] = {}
+    for i, sequence in enumerate(sequences):
+        groups.setdefault(sequence.group, []).append(i)
+    return list(groups.values())
 
 
 def _common_prefix(a: List[int], b: List[int]) -> int:

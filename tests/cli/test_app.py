@@ -73,7 +73,7 @@ def test_help_shows_the_newcomer_s_verbs_first_and_the_exit_codes():
     _, text = call("--help")
     first, more = text.partition("More:")[::2]
     assert all(f"\n  {verb}" in first for verb in ("init", "train", "bench", "show", "plugins"))
-    assert all(f"\n  {verb}" in more for verb in ("validate", "resume", "explain", "schema"))
+    assert all(f"\n  {verb}" in more for verb in ("validate", "resume", "explain", "data", "schema"))
     assert "75 stopped on" in " ".join(text.split())
 
 
@@ -85,6 +85,7 @@ def test_validate_says_what_a_run_will_do(config):
     code, text = call("validate", str(config))
     assert code == 0
     assert text.startswith("valid: dpo (prefopt-dpo 0.1.0), on comparison rows from jsonl")
+    assert text.splitlines()[1] == "data: preference, plain text: comparison rows"
 
 
 @pytest.mark.parametrize(
@@ -128,10 +129,68 @@ def test_show_batch_prints_roles_tokens_and_masks(config):
     assert code == 0
     assert text.startswith("dpo, step 1 of 2: ")
     assert "12 sequences, 6 pairs, 6 groups" in text
+    assert "data: preference, plain text: comparison rows\n" in text
     assert "group 0, chosen: 14 + " in text
     assert "[count from" in text
     assert "<4| |4|<end>>" in text or "|<end>>" in text
     assert "... and 2 more groups" in text
+
+
+def test_data_check_of_a_file_prints_a_verdict_and_every_bad_row_by_class(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    pair = {"prompt": "p", "chosen": "c", "rejected": ""}
+    lines = [json.dumps(row) for row in (pair, {**pair, "chosen": 3}, {"prompt": "x"}, {**pair, "rejected": None})]
+    path.write_text("\n".join([*lines, "{", json.dumps(pair)]))
+    code, text = call("data", "check", str(path), "--rejects", str(tmp_path / "bad.jsonl"))
+    assert code == 3
+    assert text.splitlines() == [
+        f"{path}: preference, plain text: comparison rows",
+        "  empty completions: 2",
+        "  usable: 2 of 6",
+        "  not text: 2",
+        f"    {path}:2, field `chosen`: must be text, not int 3",
+        f"    {path}:4, field `rejected`: must be text, not NoneType None",
+        "  wrong fields: 1",
+        f"    {path}:3: fields `prompt`, unlike the first row, which is preference",
+        "  not JSON: 1",
+        f"    {path}:5: not JSON: Expecting property name enclosed in double quotes at column 2",
+    ]
+    rejects = [json.loads(line) for line in (tmp_path / "bad.jsonl").read_text().splitlines()]
+    assert [(r["row"], r["class"]) for r in rejects] == [
+        (1, "not text"),
+        (2, "wrong fields"),
+        (3, "not text"),
+        (4, "not JSON"),
+    ]
+    assert all(r["where"].startswith(f"{path}:") and r["reason"] for r in rejects)
+    assert call("data", "check", str(path), "--rejects", str(path))[0] == 2
+
+
+def test_data_check_of_a_configuration_reads_all_of_its_rows(config, tmp_path):
+    bad = write_rows(tmp_path / "held.jsonl", [*tiny_rows("comparison", 300), {"prompt": 1}])
+    assert call("validate", str(config), "eval.every=1", "eval.data.source=jsonl", f"eval.data.path={bad}")[0] == 0
+    code, text = call("data", "check", str(config), "eval.every=1", "eval.data.source=jsonl", f"eval.data.path={bad}")
+    assert code == 3
+    assert "data: preference, plain text: comparison rows\n  usable: 24 of 24\n" in text
+    assert f"{bad}:301: fields `prompt`" in text
+    assert call("data", "check", str(config))[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "code", "words"),
+    [
+        ("x.zip", [], 3, "`.zip` files have no rows that prefopt can read"),
+        ("x.txt.gz", [], 3, "`.txt` files have no rows"),
+        ("LICENSE", [], 3, "`LICENSE` files have no rows"),
+        ("none.jsonl", [], 3, "there is no such file"),
+        ("x.jsonl", ["data.format=hh"], 2, "overrides belong to a configuration"),
+    ],
+)
+def test_files_that_data_check_cannot_read(tmp_path, name, arguments, code, words):
+    if not name.startswith("none"):
+        (tmp_path / name).write_text("x")
+    found, text = call("data", "check", str(tmp_path / name), *arguments)
+    assert (found, words in text) == (code, True)
 
 
 def test_show_batch_of_a_world_needs_no_model(tmp_path):

@@ -68,8 +68,8 @@ def test_all_problems_at_once_each_with_its_place(plugins):
         ("name: dpo", "name: dop", "run.yaml:4:13 `algorithm`: unknown algorithm `dop`", "Did you mean `dpo`?"),
         (
             "source: jsonl",
-            "source: json",
-            "run.yaml:3:8 `data.source`: unknown data source `json`",
+            "source: jsnl",
+            "run.yaml:3:8 `data.source`: unknown data source `jsnl`",
             "Did you mean `jsonl`?",
         ),
         ("max_length", "max_len", "run.yaml:3:45 unknown key `data.max_len`", "Did you mean `max_length`?"),

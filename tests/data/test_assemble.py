@@ -8,7 +8,7 @@ from prefopt.builtin.algorithms import RewardModel, RewardModelListwise, Supervi
 from prefopt.data.assemble import Assembler
 from prefopt.data.render import Renderer, load_tokenizer
 from prefopt.errors import DataError
-from prefopt.rows import Comparison, Completion, Ranking, Role
+from prefopt.rows import Comparison, Completion, Demonstration, Message, Ranking, Role
 
 
 def pair(chosen: str, rejected: str, **numbers) -> Comparison:
@@ -67,3 +67,30 @@ class Margins(DPO):
 def test_an_absent_number_is_an_error_and_not_zero(tiny_model):
     with pytest.raises(DataError, match="needs `margin`, but the row has preference"):
         assembler(tiny_model, Margins())([0])
+
+
+def test_rows_that_cannot_be_used_are_dropped_and_counted_where_that_is_allowed(tiny_model):
+    rows = [*ROWS, pair("i", "i")]
+    strict, lenient = (
+        Assembler(rows, Margins(), Renderer(load_tokenizer(str(tiny_model))), drop=drop) for drop in (False, True)
+    )
+    with pytest.raises(DataError):
+        strict([0, 4])
+    assert lenient([0, 4]) is None
+    assert lenient.counts["rows/dropped"] == 2
+    found = lenient.unusable(range(5))
+    assert [reject.index for reject in found] == [0, 2, 3, 4]  # row 1 is a tie
+    assert lenient.counts["rows/dropped"] == 2  # looking changes no count
+
+
+def test_several_trained_spans_reach_the_batch(tiny_model):
+    tokenizer = load_tokenizer(str(tiny_model))
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}<end>{% endif %}{% endfor %}"
+    )
+    talk = tuple(Message(role, text) for role, text in (("user", "ab"), ("assistant", "cd"), ("user", "ef")))
+    row = Demonstration(prompt=talk, completion=Completion("g"))
+    made = Assembler([row], SupervisedFineTuning(), Renderer(tokenizer, train_on="all"))([0])
+    assert tokenizer.decode(made.tokens[0].completion) == "cd<end>efg<end>"
+    assert made.batch.mask.tolist() == [[True] * 3 + [False] * 2 + [True] * 2]
+    assert made.batch.counts["tokens"] == 5

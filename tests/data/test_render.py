@@ -139,3 +139,98 @@ def test_a_folder_without_a_tokenizer(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(ConfigError, match="no tokenizer could be loaded"):
         load_tokenizer(str(tmp_path))
+
+
+# --- several turns --------------------------------------------------------------------------------------------------
+
+LONG = (Message("user", "a"), Message("assistant", "b"), Message("user", "c"))
+FORGETFUL = (
+    "{% for m in messages %}{{ m.content if loop.last else '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}<a>{% endif %}"
+)
+
+
+def demonstration(prompt, text: str, role: Role = Role.DEMONSTRATION) -> Sequence:
+    return Sequence(prompt, Completion(text), role, group=0)
+
+
+def test_all_assistant_turns_are_trained_on_each_with_its_end_token():
+    renderer = Renderer(tokenizer(chat=CHAT), train_on="all")
+    _, (found,) = renderer.render([demonstration(LONG, "ab")])
+    assert found.prompt == ids("<u>", "a", "</s>", "\n", "<a>")
+    assert found.completion == ids("b", "</s>", "\n", "<u>", "c", "</s>", "\n", "<a>", "ab", "</s>")
+    assert found.trained == (True, True, *[False] * 6, True, True)
+    _, (last,) = Renderer(tokenizer(chat=CHAT)).render([demonstration(LONG, "ab")])
+    assert (last.prompt + last.completion, last.trained) == (found.prompt + found.completion, None)
+    assert last.completion == ids("ab", "</s>")
+
+
+def test_only_demonstrations_are_trained_on_in_several_turns():
+    renderer = Renderer(tokenizer(chat=CHAT), train_on="all")
+    _, (found,) = renderer.render([demonstration(LONG, "ab", Role.DESIRABLE)])
+    assert (found.completion, found.trained) == (ids("ab", "</s>"), None)
+    _, (short,) = renderer.render([demonstration(TALK, "b")])
+    assert short.trained is None
+
+
+def test_a_template_that_rewrites_earlier_turns_is_refused_and_not_masked_wrongly():
+    renderer = Renderer(tokenizer(chat=FORGETFUL), train_on="all")
+    with pytest.raises(DataError, match="writes turn 1 differently once more turns follow"):
+        renderer.render([demonstration(LONG, "b")])
+
+
+def test_truncation_leaves_a_trained_token_last():
+    for most, trained in ((15, 4), (11, 4), (10, 3), (9, 2), (3, 2), (2, 1)):
+        renderer = Renderer(tokenizer(chat=CHAT), max_length=most, overflow="truncate", train_on="all")
+        _, (found,) = renderer.render([demonstration(LONG, "ab")])
+        assert len(found) <= most
+        assert len(found.completion) == len(found.trained)
+        assert found.trained[-1]
+        assert sum(found.trained) == trained, most
+
+
+# --- what cannot be trained on --------------------------------------------------------------------------------------
+
+
+def pair(chosen: str, rejected: str, **fields: float) -> list[Sequence]:
+    sides = ((chosen, Role.CHOSEN), (rejected, Role.REJECTED))
+    return [Sequence("c", Completion(text), role, 0, fields=fields) for text, role in sides]
+
+
+def test_a_pair_whose_sides_have_the_same_tokens_is_refused_or_dropped():
+    renderer = Renderer(tokenizer(), max_length=3, overflow="truncate")
+    with pytest.raises(DataError, match="chosen and rejected have the same tokens"):
+        renderer.render(pair("bbbc", "bbba"))
+    assert renderer.render(pair("bbbc", "bbba"), drop=True) == ([], [])
+    assert renderer.counts["rows/dropped"] == 1
+    assert len(renderer.render(pair("bbbc", "bbba", preference=0.5))[0]) == 2  # a tie may be the same twice
+
+
+def test_a_row_without_a_token_to_train_on_is_dropped_and_counted():
+    renderer = Renderer(tokenizer(eos_token=None))
+    kept, tokens = renderer.render([*pair("", "b"), Sequence("c", Completion("a"), Role.CHOSEN, 1)], drop=True)
+    assert [s.group for s in kept] == [1]
+    assert tokens == [Tokens(ids("c"), ids("a"))]
+    assert renderer.counts["rows/dropped"] == 1
+
+
+def test_an_empty_reply_is_its_end_token():
+    assert Renderer(tokenizer()).tokens("c", Completion("")).completion == ids("</s>")
+
+
+def test_a_beginning_in_the_text_is_not_doubled():
+    found = Renderer(tokenizer(bos=True)).tokens("<s>c", Completion("a"))
+    assert found == Tokens(ids("<s>", "c"), ids("a", "</s>"))
+
+
+def test_a_template_that_refuses_a_conversation_is_a_data_error():
+    strict = "{{ raise_exception('Conversation roles must alternate') }}"
+    with pytest.raises(
+        DataError, match="the chat template refuses the conversation: Conversation roles must alternate"
+    ):
+        Renderer(tokenizer(chat=strict)).prompt_ids(TALK)
+
+
+def test_the_order_of_sequences_is_kept_whatever_their_groups():
+    given = [Sequence("c", Completion("ab"[i % 2] * (i + 1)), Role.SAMPLE, group=i % 2) for i in range(4)]
+    assert Renderer(tokenizer()).render(given)[0] == given
