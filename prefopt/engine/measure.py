@@ -60,9 +60,11 @@ class Measured:
 
     def _logps(self, model: Model, rollouts: List[Rollout]) -> list[list[float]]:
         tokens: list[Tokens] = []
-        for group in rollouts:
+        groups: list[int] = []
+        for i, group in enumerate(rollouts):
             tokens += [self.renderer.tokens(group.prompt, completion) for completion in group.completions]
-        found = Resident(Module(model.network), model.device, TOKEN_BUDGET).logps(tokens)
+            groups += [i] * len(group.completions)
+        found = Resident(Module(model.network), model.device, TOKEN_BUDGET).logps(tokens, groups)
         sums = iter([float(x.double().sum()) for x in found])
         return [[next(sums) for _ in group.completions] for group in rollouts]
 
