@@ -164,8 +164,10 @@ class Session:
         if self.config.algorithm.trains_reward:
             return self._on_device(Scorer(load_classifier(model, self.tokenizer, self.config.run.seed)))
         needs = self.config.algorithm.needs()
-        values = "values" in needs.during or "old_values" in needs.columns
-        return self._on_device(Scorer(load_causal(model), values))
+        scorer = Scorer(load_causal(model), values="values" in needs.during or "old_values" in needs.columns)
+        if scorer.value_head is not None:
+            scorer.value_head.requires_grad_("values" in needs.during)
+        return self._on_device(scorer)
 
     def _on_device(self, scorer: Scorer) -> Scorer:
         """The scorer with the fastest paths that hold for it."""
@@ -202,7 +204,7 @@ class Session:
 
     def _fill(self, reference: Cached, loop: Loop, evaluator: Evaluator | None) -> None:
         """Scores every sequence the run will meet, while the reference is still there, and lets it go."""
-        steps = (loop.order.step(step) for step in range(min(loop.total, loop.order.steps_per_epoch)))
+        steps = (loop.order.step(step) for step in range(loop.total))
         for built in (*map(loop.assembler, steps), evaluator.built if evaluator is not None else None):
             if built is not None:
                 part = built.select(asked(built, loop.algorithm, "reference_logps"))
@@ -245,7 +247,8 @@ class Session:
             def baseline(n: int) -> list[Rollout]:
                 return draw(sampler.open(other), renderer, prompts, n, seed, "eval baseline")
 
-            return Measured(prompts, self.services, renderer, draws, baseline, policy, other)
+            models = (policy, other)
+            return Measured(prompts, self.services, renderer, draws, baseline, *models, temperature=sampler.density)
 
         return subject
 

@@ -77,10 +77,10 @@ def _pair_quality(batch: Batch, difference: Tensor, preference: Tensor, nll: Ten
     σ(difference)."""
     right = (torch.sign(difference) * (preference != 0.5) + 1) / 2
     return {
-        "loss/nll": batch.mean(nll, "pairs"),
-        "reward/accuracy": batch.mean(right, "pairs"),
-        "reward/margin": batch.mean(difference, "pairs"),
-        "calibration/brier": batch.mean((difference.sigmoid() - preference) ** 2, "pairs"),
+        "loss/nll": batch.mean(nll, "pairs", weighted=False),
+        "reward/accuracy": batch.mean(right, "pairs", weighted=False),
+        "reward/margin": batch.mean(difference, "pairs", weighted=False),
+        "calibration/brier": batch.mean((difference.sigmoid() - preference) ** 2, "pairs", weighted=False),
     }
 
 
@@ -109,4 +109,4 @@ class RewardModelListwise(Algorithm):
         better = (ranks[:, :, None] < ranks[:, None, :]) & present[:, :, None] & present[:, None, :]
         right = (torch.sign(scores[:, :, None] - scores[:, None, :]) + 1) / 2
         accuracy = (right * better).sum((1, 2)) / better.sum((1, 2)).clamp(min=1)
-        return {"reward/accuracy": batch.mean(accuracy, "groups")}
+        return {"reward/accuracy": batch.mean(accuracy, "groups", weighted=False)}

@@ -139,13 +139,14 @@ def run(
     device: torch.device,
     dtype: str = "float32",
     groups: Sequence[int] | None = None,
+    temperature: float = 1.0,
 ) -> dict[str, Tensor]:
     """The wanted outputs for these sequences, through `module` (a scorer, wrapped or not). Sequences of one group may
     share what they begin with; without `groups` each stands alone."""
     each = range(len(tokens)) if groups is None else groups
     packed = Packed.of(tokens, each, paths_of(module)).to(device)
     with precision(device, dtype):
-        outputs: dict[str, Tensor] = module(packed, tuple(want))
+        outputs: dict[str, Tensor] = module(packed, tuple(want), temperature)
     return outputs
 
 

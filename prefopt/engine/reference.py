@@ -11,7 +11,7 @@ from hashlib import blake2b
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from prefopt.data.render import Tokens
 from prefopt.engine.checkpoint import load_tied
@@ -106,7 +106,7 @@ def fingerprint(source: Resident) -> bytes:
         if source.device.type == "cuda"
         else torch.backends.cpu.get_cpu_capability()
     )
-    place = (torch.__version__, device, torch.get_num_threads(), source.dtype, source.scorer.paths)
+    place = (torch.__version__, device, torch.get_num_threads(), source.dtype, source.temperature, source.scorer.paths)
     found = blake2b(repr(place).encode(), digest_size=32)
     for name, x in sorted(source.scorer.network.state_dict().items()):
         found.update(f"{name} {x.dtype} {tuple(x.shape)}".encode())
@@ -117,15 +117,18 @@ def fingerprint(source: Resident) -> bytes:
 class Resident:
     """A model in memory, without gradient."""
 
-    def __init__(self, scorer: Scorer, device: torch.device, budget: int, dtype: str = "float32") -> None:
+    def __init__(
+        self, scorer: Scorer, device: torch.device, budget: int, dtype: str = "float32", temperature: float = 1.0
+    ) -> None:
         self.scorer, self.device, self.budget, self.dtype = scorer.to(device), device, budget, dtype
+        self.temperature = temperature
 
     @torch.no_grad()
     def logps(self, tokens: Sequence[Tokens], groups: Sequence[int]) -> list[Tensor]:
         kept: dict[int, Tensor] = {}
         for micro in plan(units(tokens, groups, self.scorer.paths), self.budget)[0]:
             part, own = [tokens[i] for i in micro.index], [groups[i] for i in micro.index]
-            found = run(self.scorer, part, ("logps",), self.device, self.dtype, own)["logps"].cpu()
+            found = run(self.scorer, part, ("logps",), self.device, self.dtype, own, self.temperature)["logps"].cpu()
             kept.update({i: found[k, : len(tokens[i].completion)] for k, i in enumerate(micro.index)})
         return [kept[i] for i in range(len(tokens))]
 
@@ -157,8 +160,8 @@ class Moving(Resident):
     @torch.no_grad()
     def follow(self, policy: Scorer, step: int) -> None:
         if step % self.every == 0:
-            theirs = policy.network.state_dict()
-            for name, own in self.scorer.network.state_dict().items():
+            theirs = _tensors(policy.network)
+            for name, own in _tensors(self.scorer.network).items():
                 if own.is_floating_point():
                     own.lerp_(theirs[name].to(own), self.mix)
 
@@ -167,3 +170,8 @@ class Moving(Resident):
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         load_tied(self.scorer.network, tensors)
+
+
+def _tensors(network: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers, each once, whatever is tied to it."""
+    return {**dict(network.named_parameters()), **dict(network.named_buffers())}

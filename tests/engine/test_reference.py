@@ -104,17 +104,20 @@ def test_a_file_that_cannot_hold_values_is_named(tmp_path):
         Store(tmp_path / "kept.sqlite")
 
 
-def test_a_moving_reference_mixes_the_policy_in_at_its_steps(tiny_model, scorer):
-    reference = Moving(
-        Scorer(AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)), CPU, 500, every=2, mix=0.25
-    )
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_moving_reference_mixes_the_policy_in_at_its_steps(tiny_model, tied):
+    def scorer() -> Scorer:
+        options = {"dtype": torch.float32, "tie_word_embeddings": tied}
+        return Scorer(AutoModelForCausalLM.from_pretrained(tiny_model, **options))
+
+    policy, reference = scorer(), Moving(scorer(), CPU, 500, every=2, mix=0.25)
     start = {name: x.clone() for name, x in reference.state().items()}
     with torch.no_grad():
-        for p in scorer.parameters():
+        for p in policy.parameters():
             p.add_(1.0)
-    reference.follow(scorer, step=1)
+    reference.follow(policy, step=1)
     assert all(torch.equal(x, start[name]) for name, x in reference.state().items())
-    reference.follow(scorer, step=2)
+    reference.follow(policy, step=2)
     for name, x in reference.state().items():
         assert torch.allclose(x, start[name] + 0.25, atol=1e-6), name
 
