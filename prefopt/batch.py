@@ -24,6 +24,9 @@ else:
 Unit: TypeAlias = Literal["tokens", "sequences", "pairs", "groups", "chosen_tokens"]
 UNITS: Final[tuple[Unit, ...]] = ("tokens", "sequences", "pairs", "groups", "chosen_tokens")
 
+TIE: Final = 1e-5
+"""Rewards that differ by less are equal: sums of log-probabilities are no better than that in float32."""
+
 COLUMNS: Final[Mapping[str, str]] = {
     "reference_logps": "[N, T] log-probabilities under the reference",
     "old_logps": "[N, T] log-probabilities under the policy before this step",
@@ -259,10 +262,10 @@ class Batch:
         return rows * self.weight[:, None]
 
     def pair_metrics(self, reward: Tensor) -> dict[str, Tensor]:
-        """How well `reward` [N] tells chosen from rejected: accuracy (ties one half), margin, and both means."""
+        """How well `reward` [N] tells chosen from rejected: accuracy (a tie, to rounding, is one half), margin, means."""
         chosen, rejected = self.pairs(reward.detach())
         found = {
-            "reward/accuracy": (torch.sign(chosen - rejected) + 1) / 2,
+            "reward/accuracy": (torch.sign((chosen - rejected) * (abs(chosen - rejected) > TIE)) + 1) / 2,
             "reward/margin": chosen - rejected,
             "reward/chosen": chosen,
             "reward/rejected": rejected,
