@@ -262,7 +262,7 @@ class Batch:
         return rows * self.weight[:, None]
 
     def pair_metrics(self, reward: Tensor) -> dict[str, Tensor]:
-        """How well `reward` [N] tells chosen from rejected: accuracy (a tie, to rounding, is one half), margin, means."""
+        """How well `reward` [N] tells chosen from rejected: accuracy (ties, to rounding, are half), margin, means."""
         chosen, rejected = self.pairs(reward.detach())
         found = {
             "reward/accuracy": (torch.sign((chosen - rejected) * (abs(chosen - rejected) > TIE)) + 1) / 2,

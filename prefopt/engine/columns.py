@@ -56,7 +56,7 @@ class Forwarder:
             if not micro.idle:
                 _place(out, found, micro.index)
         self.meter.forward += sum(map(len, built.tokens))
-        return {name: self.ranks.sum(x) for name, x in out.items()}
+        return {name: self.ranks.sum(out[name]) for name in sorted(out)}  # in one order on every rank
 
 
 def _place(out: dict[str, Tensor], found: dict[str, Tensor], index: Sequence[int]) -> None:
@@ -71,7 +71,7 @@ def _place(out: dict[str, Tensor], found: dict[str, Tensor], index: Sequence[int
 def fill(built: Assembled, algorithm: Algorithm, forwarder: Forwarder, reference: Reference | None) -> Assembled:
     """The step with the columns that `needs().before` asks for, of the roles it asks for; 0 elsewhere."""
     columns: dict[str, Tensor] = {}
-    for name in algorithm.needs().columns:
+    for name in sorted(algorithm.needs().columns):
         index = asked(built, algorithm, name)
         part = built.select(index)
         values = torch.zeros(built.batch.mask.shape)
