@@ -24,6 +24,9 @@ else:
 Unit: TypeAlias = Literal["tokens", "sequences", "pairs", "groups", "chosen_tokens"]
 UNITS: Final[tuple[Unit, ...]] = ("tokens", "sequences", "pairs", "groups", "chosen_tokens")
 
+TIE: Final = 1e-5
+"""Rewards that differ by less are equal: sums of log-probabilities are no better than that in float32."""
+
 COLUMNS: Final[Mapping[str, str]] = {
     "reference_logps": "[N, T] log-probabilities under the reference",
     "old_logps": "[N, T] log-probabilities under the policy before this step",
@@ -238,8 +241,10 @@ class Batch:
 
     # --- means -----------------------------------------------------------------------------------------------------
 
-    def mean(self, x: Tensor, unit: Unit) -> Tensor:
+    def mean(self, x: Tensor, unit: Unit, weighted: bool = True) -> Tensor:
         """The sum of `x` over this batch, divided by the number of `unit`s in the whole minibatch over all ranks.
+
+        Each term counts `weight` times, as a loss wants it; a metric says `weighted=False`.
 
         `x` is [N, T] for tokens and chosen_tokens, [N] for sequences, [P] for pairs and [G] for groups; any other
         shape raises `PluginError`. Summing the result over microbatches and ranks gives the mean, so a loss built
@@ -251,7 +256,7 @@ class Batch:
         if x.shape != weight.shape:
             raise PluginError(f"mean over {unit} needs shape {tuple(weight.shape)}, got {tuple(x.shape)}")
         used = torch.where(weight != 0, x, torch.zeros_like(x))
-        return (used * weight).sum() / max(self.counts[unit], 1.0)
+        return (used * (weight if weighted else weight != 0)).sum() / max(self.counts[unit], 1.0)
 
     def _unit_weights(self, unit: Unit) -> Tensor:
         if unit == "sequences":
@@ -266,14 +271,15 @@ class Batch:
         return rows * self.weight[:, None]
 
     def pair_metrics(self, reward: Tensor) -> dict[str, Tensor]:
-        """How well `reward` [N] tells chosen from rejected: accuracy (ties one half), margin, and both means."""
+        """How well `reward` [N] tells chosen from rejected: accuracy (ties, to rounding, are half), margin, means."""
         chosen, rejected = self.pairs(reward.detach())
-        return {
-            "reward/accuracy": self.mean((torch.sign(chosen - rejected) + 1) / 2, "pairs"),
-            "reward/margin": self.mean(chosen - rejected, "pairs"),
-            "reward/chosen": self.mean(chosen, "pairs"),
-            "reward/rejected": self.mean(rejected, "pairs"),
+        found = {
+            "reward/accuracy": (torch.sign((chosen - rejected) * (abs(chosen - rejected) > TIE)) + 1) / 2,
+            "reward/margin": chosen - rejected,
+            "reward/chosen": chosen,
+            "reward/rejected": rejected,
         }
+        return {name: self.mean(x, "pairs", weighted=False) for name, x in found.items()}
 
     # --- what the engine does ---------------------------------------------------------------------------------------
 

@@ -279,6 +279,12 @@ class Sampler(Component):
 
     kind: ClassVar[str] = "sampler"
 
+    @property
+    def density(self) -> float | None:
+        """The temperature T when draws come from softmax(logits / T) and nothing else, None otherwise: without it no KL
+        divergence is measured."""
+        return None
+
     def open(self, model: LanguageModel) -> Drawer:
         """The function that draws one completion for each request. Its completions carry `ids` and `logps`."""
         raise NotImplementedError(f"sampler `{self.name}` must define open")

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+from shutil import rmtree
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from prefopt.data.render import Renderer, load_tokenizer
 from prefopt.data.streams import derive
 from prefopt.engine import checkpoint as checkpoints
 from prefopt.engine.card import card
-from prefopt.engine.columns import Forwarder, Meter
+from prefopt.engine.columns import Forwarder, Meter, asked
 from prefopt.engine.evaluate import Evaluator, judge
 from prefopt.engine.folder import RunFolder, write_text
 from prefopt.engine.forward import Scorer
@@ -35,16 +36,20 @@ from prefopt.engine.measure import Measured
 from prefopt.engine.memory import peak_bytes, reset_peak
 from prefopt.engine.models import Model, build, load_causal, load_classifier, open_model, positions, save
 from prefopt.engine.optimize import Optimizer
+from prefopt.engine.probe import probe
 from prefopt.engine.ranks import Ranks
 from prefopt.engine.record import TIMINGS, Recorder, numbers
 from prefopt.engine.reference import Cached, Moving, Reference, Resident
 from prefopt.engine.rollout import draw
 from prefopt.engine.services import EngineServices, RewardModel
+from prefopt.engine.store import Store
 from prefopt.errors import ConfigError, DataError, Preempted
 from prefopt.hookspecs import RunInfo
 from prefopt.plugins import Plugins
 from prefopt.preflight import check, world_recipe
 from prefopt.rows import Prompt, Rollout, Row
+
+TOKEN_BUDGET = {"cpu": 1024, "cuda": 16_384}
 
 
 @dataclass(frozen=True)
@@ -142,7 +147,7 @@ class Session:
         if self.ranks.main:
             write_rejects(self.folder.path / "rejects.jsonl", inputs.rejects)
         reference = self._reference(scorer)
-        forwarder = Forwarder(self.ranks.wrap(scorer), self.ranks, config.optim.token_budget, config.optim.precision)
+        forwarder = Forwarder(self.ranks.wrap(scorer), self.ranks, self._budget, config.optim.precision)
         optimizer = Optimizer(scorer, config.optim)
         data = (inputs.assembler, inputs.order, inputs.total)
         loop = Loop(config.algorithm, config.optim, *data, config.run.seed, forwarder, optimizer, reference)
@@ -164,9 +169,23 @@ class Session:
 
     def _scorer(self, model: ModelConfig) -> Scorer:
         if self.config.algorithm.trains_reward:
-            return Scorer(load_classifier(model, self.tokenizer, self.config.run.seed))
+            return self._on_device(Scorer(load_classifier(model, self.tokenizer, self.config.run.seed)))
         needs = self.config.algorithm.needs()
-        return Scorer(load_causal(model), values="values" in needs.during or "old_values" in needs.columns)
+        scorer = Scorer(load_causal(model), values="values" in needs.during or "old_values" in needs.columns)
+        if scorer.value_head is not None:
+            scorer.value_head.requires_grad_("values" in needs.during)
+        return self._on_device(scorer)
+
+    def _on_device(self, scorer: Scorer) -> Scorer:
+        """The scorer with the fastest paths that hold for it."""
+        scorer.to(self.ranks.device)
+        if self.config.optim.forward == "fast":
+            scorer.paths = probe(scorer, self.warn if self.ranks.main else _unsaid, self.config.optim.head_bytes)
+        return scorer
+
+    @property
+    def _budget(self) -> int:
+        return self.config.optim.token_budget or TOKEN_BUDGET[self.ranks.device.type]
 
     def _reference(self, scorer: Scorer) -> Reference | None:
         """The reference, if the algorithm needs one. Without a path it is the policy as it is now, before training."""
@@ -175,27 +194,29 @@ class Session:
                 raise ConfigError(f"algorithm `{self.config.algorithm.name}` uses no reference", where="reference")
             return None
         settings = self.config.reference
-        device, budget, dtype = self.ranks.device, self.config.optim.token_budget, self.config.optim.precision
+        device, budget, dtype = self.ranks.device, self._budget, self.config.optim.precision
         if settings is not None and settings.every is not None and settings.mix is not None:
             return Moving(self._initial(), device, budget, dtype, every=settings.every, mix=settings.mix)
         if settings is not None and settings.mode == "resident":
             return Resident(self._initial(), device, budget, dtype)
         own = settings is not None and settings.path is not None
-        return Cached(Resident(self._initial() if own else scorer, device, budget, dtype))
+        kept = Path(settings.store) if settings is not None and settings.store else self.folder.kept
+        name = f"reference-{self.ranks.rank}.sqlite" if self.ranks.world > 1 else "reference.sqlite"
+        return Cached(Resident(self._initial() if own else scorer, device, budget, dtype), Store(kept / name))
 
     def _initial(self) -> Scorer:
         """A second copy of the reference model."""
         path = self.config.reference.path if self.config.reference and self.config.reference.path else self.model.path
-        return Scorer(load_causal(self.model.model_copy(update={"path": path})))
+        return self._on_device(Scorer(load_causal(self.model.model_copy(update={"path": path}))))
 
     def _fill(self, reference: Cached, loop: Loop, evaluator: Evaluator | None) -> None:
         """Scores every sequence the run will meet, while the reference is still there, and lets it go."""
-        for step in range(min(loop.total, loop.order.steps_per_epoch) if loop.total else 0):
-            built = loop.assembler(loop.order.step(step))
+        steps = (loop.order.step(step) for step in range(loop.total))
+        for built in (*map(loop.assembler, steps), evaluator.built if evaluator is not None else None):
             if built is not None:
-                loop.forwarder.meter.forward += reference.share(built.tokens, self.ranks)
-        if evaluator is not None:
-            loop.forwarder.meter.forward += reference.share(evaluator.built.tokens, self.ranks)
+                part = built.select(asked(built, loop.algorithm, "reference_logps"))
+                reference.share(part.tokens, part.groups, self.ranks)
+                loop.forwarder.meter.forward += sum(map(len, part.tokens))
         loop.assembler.counts.clear()
         reference.close()
 
@@ -233,7 +254,8 @@ class Session:
             def baseline(n: int) -> list[Rollout]:
                 return draw(sampler.open(other), renderer, prompts, n, seed, "eval baseline")
 
-            return Measured(prompts, self.services, renderer, draws, baseline, policy, other)
+            models = (policy, other)
+            return Measured(prompts, self.services, renderer, draws, baseline, *models, temperature=sampler.density)
 
         return subject
 
@@ -328,6 +350,7 @@ class Session:
             text = card(self.config, json.loads(self.folder.info.read_text("utf-8")), facts, self.recorder.last())
             write_text(self.folder.model / "README.md", text)
             self.folder.write(self.folder.result, facts)
+            rmtree(self.folder.kept, ignore_errors=True)
         self.ranks.wait()
         return Result(self.folder.path, outcome, budget)
 
@@ -348,6 +371,10 @@ def describe(config: RunConfig, plugins: Plugins) -> dict[str, Any]:
         "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
         "data": {name: checkpoints.digest(Path(name)) for name in config.data.source.files},
     }
+
+
+def _unsaid(message: str) -> None:
+    """Other ranks say what the main one says."""
 
 
 def default_sampler(plugins: Plugins) -> Sampler:

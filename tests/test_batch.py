@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -100,6 +102,14 @@ def test_select_keeps_counts_and_cuts_padding():
     assert part.ids.tolist() == [[3, 0], [1, 2]]
     assert (part.a.tolist(), tuple(part.b.shape)) == ([1, 0], (2, 2))
     assert part.counts == PAIRS.counts
+
+
+def test_metrics_do_not_count_weights():
+    batch = replace(PAIRS, weight=torch.full((4,), 2.0))
+    reward = torch.tensor([1.0, 0.0, 1.0, 3.0])
+    assert batch.pair_metrics(reward)["reward/accuracy"] == 1.0
+    assert batch.mean(reward, "sequences", weighted=False) == reward.mean()
+    assert batch.mean(reward, "sequences") == 2 * reward.mean()
 
 
 def test_pair_metrics_count_a_tie_as_one_half():

@@ -8,6 +8,7 @@ import signal
 import stat
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from prefopt.config import load_run
 from prefopt.engine.services import EngineServices
 from prefopt.errors import ConfigError, DataError, Preempted, ResourceError
 from prefopt.plugins import load
-from prefopt.rows import Completion, Rollout
+from prefopt.rows import Completion, Demonstration, Role, Rollout
 from prefopt.session import train
 from prefopt.testing.tiny import build_tiny, tiny_config, tiny_rows, write_rows
 
@@ -238,6 +239,31 @@ def test_numbers_that_are_not_finite_stop_the_run_before_the_update(tiny_model, 
     config = tiny_config(tiny_model, tmp_path / "run", {"algorithm": {"name": "unstable"}}, plugins)
     with pytest.raises(ResourceError, match=r"loss/total is -inf in step 1; the model was not updated"):
         train(config, plugins)
+
+
+class Neighbours(Algorithm):
+    """Compares each completion with that of the next row of its step, which is another one in every epoch."""
+
+    name, eats = "neighbours", Demonstration
+
+    def needs(self):
+        return Needs(before=frozenset({"reference_logps"}), during=frozenset({"logps"}))
+
+    def arrange(self, rows):
+        own = super().arrange(rows)
+        moved = zip(own, own[1:] + own[:1], strict=True)
+        return [*own, *(replace(s, completion=t.completion, role=Role.PROBE, group=s.group) for s, t in moved)]
+
+    def loss(self, batch, policy):
+        return Loss(batch.mean(policy.logps - batch.reference_logps, "tokens"))
+
+
+def test_what_a_later_epoch_puts_together_is_scored_before_the_reference_goes(tiny_model, tmp_path):
+    plugins = load()
+    plugins.registry.add(Neighbours, "test", "0")
+    sections = {"algorithm": {"name": "neighbours"}, "run": {"steps": 8}}
+    result = train(tiny_config(tiny_model, tmp_path / "run", sections, plugins), plugins)
+    assert result.outcome == "finished"
 
 
 class Choosy(Algorithm):

@@ -128,16 +128,19 @@ class _Bench:
         if wanted.reward is None or wanted.best_of is None:
             policy = open_model(wanted.policy or wanted.baseline, device)
             draws = self._draws(policy, renderer, rows, "suite")
-            return Measured(rows, services, renderer, draws, baseline, policy, base)
+            return Measured(rows, services, renderer, draws, baseline, policy, base, temperature=self._sampler.density)
         reward = services.scorer(wanted.reward)
         draws = self._best_of(self._draws(base, renderer, rows, "suite"), reward, wanted.best_of)
         bound = best_of_n_kl(wanted.best_of)
         return Measured(rows, services, renderer, draws, baseline, scorer=reward, bound=bound)
 
     def _draws(self, model: Model, renderer: Renderer, rows: list[Row], purpose: str) -> Draws:
-        sampler = self.measurement.sampler or default_sampler(self.plugins)
         prompts = adapt(rows[: self.measurement.prompts], Prompt)
-        return lambda n: draw(sampler.open(model), renderer, prompts, n, self.measurement.seed, purpose)
+        return lambda n: draw(self._sampler.open(model), renderer, prompts, n, self.measurement.seed, purpose)
+
+    @property
+    def _sampler(self) -> Sampler:
+        return self.measurement.sampler or default_sampler(self.plugins)
 
     def _best_of(self, draws: Draws, reward: RewardModel, n: int) -> Callable[[int], list[Rollout]]:
         """The completion with the highest reward of each n in turn. A larger draw holds the smaller ones, so only the

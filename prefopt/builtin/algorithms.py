@@ -77,10 +77,10 @@ def _pair_quality(batch: Batch, difference: Tensor, preference: Tensor, nll: Ten
     σ(difference)."""
     right = (torch.sign(difference) * (preference != 0.5) + 1) / 2
     return {
-        "loss/nll": batch.mean(nll, "pairs"),
-        "reward/accuracy": batch.mean(right, "pairs"),
-        "reward/margin": batch.mean(difference, "pairs"),
-        "calibration/brier": batch.mean((difference.sigmoid() - preference) ** 2, "pairs"),
+        "loss/nll": batch.mean(nll, "pairs", weighted=False),
+        "reward/accuracy": batch.mean(right, "pairs", weighted=False),
+        "reward/margin": batch.mean(difference, "pairs", weighted=False),
+        "calibration/brier": batch.mean((difference.sigmoid() - preference) ** 2, "pairs", weighted=False),
     }
 
 
@@ -116,4 +116,5 @@ class RewardModelListwise(Algorithm):
         accuracy = torch.where(told > 0, (right * better).sum((1, 2)) / told.clamp(min=1), 0.5)
         label = (torch.sign(below - above) + 1) / 2
         error = ((difference.sigmoid() - label) ** 2 * pairs).sum((1, 2)) / pairs.sum((1, 2)).clamp(min=1)
-        return {"reward/accuracy": batch.mean(accuracy, "groups"), "calibration/brier": batch.mean(error, "groups")}
+        found = {"reward/accuracy": accuracy, "calibration/brier": error}
+        return {name: batch.mean(x, "groups", weighted=False) for name, x in found.items()}

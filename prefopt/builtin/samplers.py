@@ -43,6 +43,10 @@ class Plain(Sampler):
     greedy: bool = False
     """Take the most probable token instead of drawing one."""
 
+    @property
+    def density(self) -> float | None:
+        return None if self.greedy else self.temperature
+
     def open(self, model: LanguageModel) -> Drawer:
         def drawer(requests: List[Request]) -> list[Completion]:
             return self._draw(model, requests)

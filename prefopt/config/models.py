@@ -140,8 +140,13 @@ class OptimConfig(Section):
     """Added to the denominator of AdamW."""
     max_grad_norm: PositiveFloat | None = 1.0
     """Gradients with a larger norm are scaled down to it."""
-    token_budget: PositiveInt = 8192
-    """The most tokens, padding included, in one forward pass; it changes memory and speed, not the numbers."""
+    token_budget: PositiveInt | None = None
+    """The most tokens, padding included, in one forward pass; it changes memory and speed, not the numbers. Default:
+    1,024 on a CPU, 16,384 on CUDA."""
+    forward: Literal["fast", "plain"] = "fast"
+    """`fast` takes every shortcut that agrees with the plain path on this model; `plain` takes none."""
+    head_bytes: NonNegativeInt = 256 * 2**20
+    """What the fast path may keep of the logits of one forward pass; beyond it they are computed again."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Precision of the forward and backward pass. Weights, optimizer and log-probabilities are float32 always."""
 
@@ -158,6 +163,8 @@ class ReferenceConfig(Section):
     """Move the reference towards the policy every so many steps (TR-DPO, arXiv:2404.09656)."""
     mix: Annotated[float, Field(gt=0, le=1)] | None = None
     """The policy's share when the reference moves."""
+    store: str | None = None
+    """Folder that keeps cached values; runs may share it. Default: the run's own."""
 
     @model_validator(mode="after")
     def _moving_is_whole(self) -> ReferenceConfig:

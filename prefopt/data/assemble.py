@@ -26,6 +26,11 @@ class Assembled:
     batch: Batch
     tokens: list[Tokens]
 
+    @property
+    def groups(self) -> list[int]:
+        """The group of each sequence."""
+        return self.batch.group.tolist()
+
     def select(self, index: List[int]) -> Assembled:
         return Assembled(self.batch.select(index), [self.tokens[i] for i in index])
 

@@ -31,7 +31,7 @@ def _separate(
     totals: dict[str, Tensor] = {}
     for micro in _each(micros, forwarder):
         part = built.select(micro.index)
-        outputs = forwarder.live(part.tokens, algorithm.needs().during)
+        outputs = forwarder.live(part, algorithm.needs().during)
         loss = algorithm.loss(part.batch.to(forwarder.ranks.device), Policy(outputs))
         _differentiate(loss.value, micro, forwarder, algorithm)
         for name, x in {"loss/total": loss.value, **loss.metrics}.items():
@@ -47,12 +47,12 @@ def _coupled(algorithm: Algorithm, forwarder: Forwarder, built: Assembled, micro
     leaves = {name: x.requires_grad_() for name, x in forwarder.whole(built, want).items()}
     loss = algorithm.loss(built.batch, Policy(leaves))
     _check(loss.value, algorithm)
-    slopes = torch.autograd.grad(loss.value, list(leaves.values()), allow_unused=True)
-    used = {name: slope for name, slope in zip(leaves, slopes, strict=True) if slope is not None}
+    slopes = torch.autograd.grad(loss.value, list(leaves.values()), materialize_grads=True)
+    named = dict(zip(leaves, slopes, strict=True))
     for micro in _each(micros, forwarder):
-        live = forwarder.live([built.tokens[i] for i in micro.index], want)
+        live = forwarder.live(built.select(micro.index), want)
         rows = torch.tensor(micro.index)
-        parts = [(live[name] * _cut(slope[rows], live[name])).sum() for name, slope in used.items()]
+        parts = [(live[name] * _cut(slope[rows], live[name])).sum() for name, slope in named.items()]
         _differentiate(torch.stack(parts).sum(), micro, forwarder, algorithm)
     return {name: x.detach().item() for name, x in {"loss/total": loss.value, **loss.metrics}.items()}
 

@@ -9,11 +9,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from prefopt.batch import Batch
 from prefopt.components import Algorithm
 from prefopt.data.assemble import Assembled
-from prefopt.data.render import Tokens
-from prefopt.engine.forward import run
+from prefopt.engine.forward import paths_of, run
+from prefopt.engine.layout import members, units
 from prefopt.engine.plan import Micro, plan
 from prefopt.engine.ranks import Ranks
 from prefopt.engine.reference import Reference
@@ -40,12 +39,12 @@ class Forwarder:
 
     def plan(self, built: Assembled) -> list[Micro]:
         """This rank's microbatches."""
-        lengths = [len(t) for t in built.tokens]
-        return plan(lengths, built.batch.group.tolist(), self.budget, self.ranks.world)[self.ranks.rank]
+        laid = units(built.tokens, built.groups, paths_of(self.module))
+        return plan(laid, self.budget, self.ranks.world)[self.ranks.rank]
 
-    def live(self, tokens: Sequence[Tokens], want: Collection[str]) -> dict[str, Tensor]:
+    def live(self, part: Assembled, want: Collection[str]) -> dict[str, Tensor]:
         """The outputs of one microbatch, with gradient when gradients are on."""
-        return run(self.module, tokens, want, self.ranks.device, self.dtype)
+        return run(self.module, part.tokens, want, self.ranks.device, self.dtype, part.groups)
 
     @torch.no_grad()
     def whole(self, built: Assembled, want: Collection[str]) -> dict[str, Tensor]:
@@ -53,11 +52,11 @@ class Forwarder:
         shape = {name: (len(built.batch),) if name == "scores" else built.batch.mask.shape for name in want}
         out = {name: torch.zeros(shape[name]) for name in want}
         for micro in self.plan(built):
-            found = self.live([built.tokens[i] for i in micro.index], want)
+            found = self.live(built.select(micro.index), want)
             if not micro.idle:
                 _place(out, found, micro.index)
         self.meter.forward += sum(map(len, built.tokens))
-        return {name: self.ranks.sum(x) for name, x in out.items()}
+        return {name: self.ranks.sum(out[name]) for name in sorted(out)}  # in one order on every rank
 
 
 def _place(out: dict[str, Tensor], found: dict[str, Tensor], index: Sequence[int]) -> None:
@@ -72,8 +71,8 @@ def _place(out: dict[str, Tensor], found: dict[str, Tensor], index: Sequence[int
 def fill(built: Assembled, algorithm: Algorithm, forwarder: Forwarder, reference: Reference | None) -> Assembled:
     """The step with the columns that `needs().before` asks for, of the roles it asks for; 0 elsewhere."""
     columns: dict[str, Tensor] = {}
-    for name, roles in algorithm.needs().columns.items():
-        index = [i for i, role in enumerate(built.batch.role.tolist()) if role in roles]
+    for name in sorted(algorithm.needs().columns):
+        index = asked(built, algorithm, name)
         part = built.select(index)
         values = torch.zeros(built.batch.mask.shape)
         if index:
@@ -86,16 +85,25 @@ def fill(built: Assembled, algorithm: Algorithm, forwarder: Forwarder, reference
 def _column(name: str, part: Assembled, forwarder: Forwarder, reference: Reference | None) -> Tensor:
     if name == "reference_logps":
         assert reference is not None, "the session gives every algorithm that needs it a reference"
-        return _reference_logps(part.batch, part.tokens, forwarder, reference)
+        return _reference_logps(part, forwarder, reference)
     output = {"old_logps": "logps", "old_values": "values"}[name]
     return forwarder.whole(part, (output,))[output]
 
 
-def _reference_logps(batch: Batch, tokens: Sequence[Tokens], forwarder: Forwarder, reference: Reference) -> Tensor:
-    out = torch.zeros(batch.mask.shape)
+def asked(built: Assembled, algorithm: Algorithm, column: str) -> list[int]:
+    """The sequences whose roles the algorithm asks a column for."""
+    roles = algorithm.needs().columns[column]
+    return [i for i, role in enumerate(built.batch.role.tolist()) if role in roles]
+
+
+def _reference_logps(part: Assembled, forwarder: Forwarder, reference: Reference) -> Tensor:
+    """Each rank scores its share of the groups."""
+    out = torch.zeros(part.batch.mask.shape)
     ranks = forwarder.ranks
-    mine = range(ranks.rank, len(tokens), ranks.world)
-    for i, logps in zip(mine, reference.logps([tokens[i] for i in mine]) if len(mine) else [], strict=True):
+    mine = [i for index in members(part.groups)[ranks.rank :: ranks.world] for i in index]
+    groups = [part.groups[i] for i in mine]
+    found = reference.logps([part.tokens[i] for i in mine], groups) if mine else []
+    for i, logps in zip(mine, found, strict=True):
         out[i, : len(logps)] = logps
-    forwarder.meter.forward += reference.cost(tokens)
+    forwarder.meter.forward += reference.cost(part.tokens)
     return ranks.sum(out)

@@ -22,6 +22,7 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self.model = path / "model"
         self.base = path / "base"
+        self.kept = path / "kept"
         self.config = path / "config.yaml"
         self.info = path / "run.json"
         self.result = path / "result.json"

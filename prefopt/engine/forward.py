@@ -1,14 +1,13 @@
 """The scorer: one module whose forward runs backbone and head. Knows tokens and outputs; no algorithm, no rows, no
 ranks.
 
-The layout of the plain path: sequences side by side, padded on the right, the padding masked.
+The plain path computes whole logits for padded rows under a mask; it stays as the oracle of the fast ones.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,29 +15,9 @@ from torch import Tensor, nn
 
 from prefopt.data.render import Tokens
 from prefopt.engine.head import token_entropy, token_logps
-
-
-@dataclass(frozen=True, slots=True)
-class Padded:
-    """Sequences as tensors. `ids`, `attention` [n, S]; `start` [n] where each completion begins; `length` [n] its
-    tokens."""
-
-    ids: Tensor
-    attention: Tensor
-    start: Tensor
-    length: Tensor
-
-    @classmethod
-    def of(cls, tokens: Sequence[Tokens], device: torch.device) -> Padded:
-        width = max(map(len, tokens))
-        ids = torch.zeros(len(tokens), width, dtype=torch.long)
-        attention = torch.zeros(len(tokens), width, dtype=torch.long)
-        for i, t in enumerate(tokens):
-            ids[i, : len(t)] = torch.tensor([*t.prompt, *t.completion])
-            attention[i, : len(t)] = 1
-        start = torch.tensor([len(t.prompt) for t in tokens])
-        length = torch.tensor([len(t.completion) for t in tokens])
-        return cls(*(x.to(device) for x in (ids, attention, start, length)))
+from prefopt.engine.layout import PLAIN, Packed, Paths, tree_mask
+from prefopt.engine.linear import Shape, linear_logps
+from prefopt.engine.ranks import unwrap
 
 
 class Scorer(nn.Module):
@@ -48,57 +27,104 @@ class Scorer(nn.Module):
     reference and value passes must agree.
     """
 
-    def __init__(self, network: nn.Module, values: bool = False) -> None:
+    def __init__(self, network: nn.Module, values: bool = False, paths: Paths = PLAIN) -> None:
         super().__init__()
         self.network = network.eval()
-        width = int(network.config.get_text_config().hidden_size)  # type: ignore[operator,union-attr]
+        self.paths = paths
+        width = int(self.config.hidden_size)
         self.value_head = nn.Linear(width, 1) if values else None
         if self.value_head is not None:
             nn.init.zeros_(self.value_head.weight)
             nn.init.zeros_(self.value_head.bias)
 
-    def forward(
-        self,
-        ids: Tensor,
-        attention: Tensor,
-        start: Tensor,
-        length: Tensor,
-        want: Collection[str],
-        temperature: float = 1.0,
-    ) -> dict[str, Tensor]:
+    @property
+    def config(self) -> Any:
+        """The network's configuration, as transformers has it."""
+        return self.network.config.get_text_config()  # type: ignore[operator,union-attr]
+
+    def forward(self, packed: Packed, want: Collection[str], temperature: float = 1.0) -> dict[str, Tensor]:
         """The wanted outputs: `scores` [n]; `logps`, `entropy`, `values` [n, T] with T the longest completion here.
 
         Positions past a completion hold 0.
         """
         if set(want) == {"scores"}:
-            return {"scores": self._scores(ids, attention, start + length - 1)}
-        steps = torch.arange(int(length.max()), device=ids.device)
-        real = steps < length[:, None]
-        here = (start[:, None] + steps).clamp(max=ids.shape[1] - 1)  # [n, T] position of each completion token
-        before = (here - 1).clamp(min=0)
-        out = self.network(input_ids=ids, attention_mask=attention, output_hidden_states=self.value_head is not None)
+            return {"scores": self._scores(packed)}
+        found = self._tiled(packed, want, temperature) if self.paths.tiled else self._plain(packed, want, temperature)
+        return {name: packed.unpacked(x) for name, x in found.items()}
+
+    def _plain(self, packed: Packed, want: Collection[str], temperature: float) -> dict[str, Tensor]:
+        """From whole logits. [S] each."""
+        out = self.network(**self._inputs(packed), output_hidden_states=self.value_head is not None)
         found = {}
         if {"logps", "entropy"} & set(want):
-            logits = out.logits.gather(1, before[..., None].expand(-1, -1, out.logits.shape[-1]))
+            logits = out.logits.flatten(0, 1).index_select(0, packed.source)
             if "logps" in want:
-                found["logps"] = token_logps(logits, ids.gather(1, here), temperature)
+                found["logps"] = token_logps(logits, packed.target, temperature)
             if "entropy" in want:
                 found["entropy"] = token_entropy(logits, temperature)
         if "values" in want:
-            found["values"] = self._values(out.hidden_states[-1], before)
-        return {name: x.masked_fill(~real, 0.0) for name, x in found.items()}
+            found["values"] = self._values(out.hidden_states[-1].flatten(0, 1).index_select(0, packed.source))
+        return found
 
-    def _values(self, hidden: Tensor, before: Tensor) -> Tensor:
+    def _tiled(self, packed: Packed, want: Collection[str], temperature: float) -> dict[str, Tensor]:
+        """From the states that predict a completion token, and no others. [S] each."""
+        states = self._states(packed).index_select(0, packed.source)
+        found = {}
+        if {"logps", "entropy"} & set(want):
+            network: Any = self.network
+            head, shape = network.get_output_embeddings(), head_shape(self.config, temperature)
+            options: dict[str, Any] = {"entropy": "entropy" in want, "keep_bytes": self.paths.keep_bytes}
+            scores = linear_logps(states, head.weight, packed.target, head.bias, shape, **options)
+            found = {name: x for name, x in scores._asdict().items() if name in want}
+        if "values" in want:
+            found["values"] = self._values(states)
+        return found
+
+    def _values(self, states: Tensor) -> Tensor:
         assert self.value_head is not None, "the scorer was built without a value head"
-        states = hidden.gather(1, before[..., None].expand(-1, -1, hidden.shape[-1]))
         return self.value_head(states.float()).squeeze(-1)  # type: ignore[no-any-return]
 
-    def _scores(self, ids: Tensor, attention: Tensor, last: Tensor) -> Tensor:
+    def _scores(self, packed: Packed) -> Tensor:
         """The score at the last real token, found by position and never by comparing with a padding id."""
-        backbone: Any = self.network.base_model
-        hidden = backbone(input_ids=ids, attention_mask=attention).last_hidden_state
-        state = hidden[torch.arange(len(ids), device=ids.device), last]
+        state = self._states(packed).index_select(0, packed.last)
         return self.network.score(state).float().squeeze(-1)  # type: ignore[operator,no-any-return]
+
+    def _states(self, packed: Packed) -> Tensor:
+        """What the backbone makes of each token. [R * W, H]"""
+        backbone: Any = self.network.base_model
+        states: Tensor = backbone(**self._inputs(packed)).last_hidden_state
+        return states.flatten(0, 1)
+
+    def _inputs(self, packed: Packed) -> dict[str, Any]:
+        inputs: dict[str, Any] = {"input_ids": packed.ids, "attention_mask": packed.attention, "use_cache": False}
+        if packed.branch is not None and packed.positions is not None:
+            mask = masks(self.config, packed.branch, packed.positions)
+            inputs |= {"attention_mask": mask, "position_ids": packed.positions}
+        return inputs
+
+
+def masks(config: Any, branch: Tensor, positions: Tensor) -> Tensor | dict[str, Tensor]:
+    """The tree mask as a model wants it: with its sliding window, one for each type of layer, added or selecting."""
+    window = getattr(config, "sliding_window", None)
+    kinds = set(getattr(config, "layer_types", None) or [])
+    if kinds - {"full_attention", "sliding_attention"}:
+        raise NotImplementedError(f"no mask is known for layers of type {', '.join(sorted(kinds))}")
+
+    def made(window: int | None) -> Tensor:
+        allowed = tree_mask(branch, positions, window)
+        if config._attn_implementation != "eager":
+            return allowed
+        return torch.zeros(allowed.shape, device=allowed.device).masked_fill_(~allowed, torch.finfo(torch.float32).min)
+
+    if kinds:
+        return {"full_attention": made(None), "sliding_attention": made(window)}
+    return made(window)
+
+
+def head_shape(config: Any, temperature: float = 1.0) -> Shape:
+    """What a model does between its last matrix and the softmax, by the names transformers gives it."""
+    scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
+    return Shape(scale, getattr(config, "final_logit_softcapping", None), temperature)
 
 
 def precision(device: torch.device, name: str) -> AbstractContextManager[Any]:
@@ -107,10 +133,25 @@ def precision(device: torch.device, name: str) -> AbstractContextManager[Any]:
 
 
 def run(
-    module: nn.Module, tokens: Sequence[Tokens], want: Collection[str], device: torch.device, dtype: str = "float32"
+    module: nn.Module,
+    tokens: Sequence[Tokens],
+    want: Collection[str],
+    device: torch.device,
+    dtype: str = "float32",
+    groups: Sequence[int] | None = None,
+    temperature: float = 1.0,
 ) -> dict[str, Tensor]:
-    """The wanted outputs for these sequences, through `module` (a scorer, wrapped or not)."""
-    padded = Padded.of(tokens, device)
+    """The wanted outputs for these sequences, through `module` (a scorer, wrapped or not). Sequences of one group may
+    share what they begin with; without `groups` each stands alone."""
+    each = range(len(tokens)) if groups is None else groups
+    packed = Packed.of(tokens, each, paths_of(module)).to(device)
     with precision(device, dtype):
-        outputs: dict[str, Tensor] = module(padded.ids, padded.attention, padded.start, padded.length, tuple(want))
+        outputs: dict[str, Tensor] = module(packed, tuple(want), temperature)
     return outputs
+
+
+def paths_of(module: nn.Module) -> Paths:
+    """The paths of a scorer, wrapped or not."""
+    scorer = unwrap(module)
+    assert isinstance(scorer, Scorer)
+    return scorer.paths

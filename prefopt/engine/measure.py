@@ -24,7 +24,8 @@ class Measured:
     """Implements `prefopt.components.Subject`.
 
     `draws` and `baseline_draws` give n completions for each row; `policy` and `other` are the models behind them, where
-    they have densities; `scorer` is the reward model under evaluation, if one is.
+    they have densities; `scorer` is the reward model under evaluation, if one is. `temperature` is that of the draws,
+    None when they come from another distribution than softmax(logits / temperature).
     """
 
     rows: List[Row]
@@ -36,6 +37,7 @@ class Measured:
     other: Model | None = None
     scorer: Scorer | None = None
     bound: float | None = None
+    temperature: float | None = 1.0
     _kept: dict[str, list[Rollout]] = field(default_factory=dict)
 
     def rollouts(self, n: int) -> list[Rollout]:
@@ -53,16 +55,19 @@ class Measured:
         return [replace(group, completions=group.completions[:n]) for group in kept]
 
     def log_ratios(self, rollouts: List[Rollout]) -> list[list[float]] | None:
-        if self.policy is None or self.other is None:
+        if self.policy is None or self.other is None or self.temperature is None:
             return None
         above, below = self._logps(self.policy, rollouts), self._logps(self.other, rollouts)
         return [[a - b for a, b in zip(x, y, strict=True)] for x, y in zip(above, below, strict=True)]
 
     def _logps(self, model: Model, rollouts: List[Rollout]) -> list[list[float]]:
         tokens: list[Tokens] = []
-        for group in rollouts:
+        groups: list[int] = []
+        for i, group in enumerate(rollouts):
             tokens += [self.renderer.tokens(group.prompt, completion) for completion in group.completions]
-        found = Resident(Module(model.network), model.device, TOKEN_BUDGET).logps(tokens)
+            groups += [i] * len(group.completions)
+        reader = Resident(Module(model.network), model.device, TOKEN_BUDGET, temperature=self.temperature or 1.0)
+        found = reader.logps(tokens, groups)
         sums = iter([float(x.double().sum()) for x in found])
         return [[next(sums) for _ in group.completions] for group in rollouts]
 

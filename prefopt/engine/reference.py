@@ -1,28 +1,31 @@
 """Log-probabilities under the reference model: scored once and kept, scored each step, or under a model that moves.
 
-A kept value is a function of its key alone: each sequence is scored by itself, so neither its neighbours nor the
-order in which the cache was filled can change a bit of it.
+A kept value is a function of its key alone: each group is scored by itself, so neither its neighbours nor the order in
+which the cache was filled can change a bit of it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from hashlib import blake2b
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from prefopt.data.render import Tokens
 from prefopt.engine.checkpoint import load_tied
 from prefopt.engine.forward import Scorer, run
+from prefopt.engine.layout import members, units
 from prefopt.engine.plan import plan
 from prefopt.engine.ranks import Ranks
+from prefopt.engine.store import Store
 
 
 class Reference(Protocol):
     """What the loop asks of a reference."""
 
-    def logps(self, tokens: Sequence[Tokens]) -> list[Tensor]:
+    def logps(self, tokens: Sequence[Tokens], groups: Sequence[int]) -> list[Tensor]:
         """The log-probabilities of each completion's tokens, [T_i] each, on the CPU."""
 
     def cost(self, tokens: Sequence[Tokens]) -> int:
@@ -39,34 +42,49 @@ class Reference(Protocol):
 
 
 class Cached:
-    """Scores through another reference and keeps the result. `close` gives the model up once every sequence is kept."""
+    """Scores groups through another reference, each by itself, and keeps the result on disk. `close` gives the model up
+    once every group is kept."""
 
-    def __init__(self, source: Resident) -> None:
+    def __init__(self, source: Resident, store: Store) -> None:
         self.source: Resident | None = source
-        self.kept: dict[Tokens, Tensor] = {}
+        self.store = store
+        self.salt = fingerprint(source)
 
-    def logps(self, tokens: Sequence[Tokens]) -> list[Tensor]:
-        for t in tokens:
-            if t not in self.kept:
-                assert self.source is not None, "a sequence was not scored before the reference was given up"
-                self.kept[t] = self.source.logps([t])[0]
-        return [self.kept[t] for t in tokens]
+    def logps(self, tokens: Sequence[Tokens], groups: Sequence[int]) -> list[Tensor]:
+        places = members(groups)
+        keys = [self._key([tokens[i] for i in index]) for index in places]
+        kept = self.store.get(keys)
+        found: dict[int, Tensor] = {}
+        for key, index in zip(keys, places, strict=True):
+            part = [tokens[i] for i in index]
+            if key not in kept:
+                kept[key] = self._score(part)
+                self.store.put({key: kept[key]})
+            found.update(zip(index, torch.split(kept[key], [len(t.completion) for t in part]), strict=True))
+        return [found[i] for i in range(len(tokens))]
 
     def cost(self, tokens: Sequence[Tokens]) -> int:
         return 0
 
-    def share(self, tokens: Sequence[Tokens], ranks: Ranks) -> int:
-        """Scores what is missing among `tokens`, each rank its part, and gives every rank all of it; returns how many
-        tokens that took."""
-        missing = list(dict.fromkeys(t for t in tokens if t not in self.kept))
-        if not missing:
-            return 0
-        column = torch.zeros(len(missing), max(len(t.completion) for t in missing))
-        for i in range(ranks.rank, len(missing), ranks.world):
-            column[i, : len(missing[i].completion)] = self.logps([missing[i]])[0]
-        column = ranks.sum(column)
-        self.kept.update({t: column[i, : len(t.completion)].clone() for i, t in enumerate(missing)})
-        return sum(map(len, missing))
+    def share(self, tokens: Sequence[Tokens], groups: Sequence[int], ranks: Ranks) -> None:
+        """Scores what is missing, each rank its part, and gives every rank all of it."""
+        parts = {self._key(part): part for part in ([tokens[i] for i in index] for index in members(groups))}
+        have = self.store.get(list(parts))
+        lacking = ranks.sum(torch.tensor([float(key not in have) for key in parts]))
+        missing = [key for key, ranks_without in zip(parts, lacking.tolist(), strict=True) if ranks_without]
+        sizes = [sum(len(t.completion) for t in parts[key]) for key in missing]
+        values = torch.zeros(sum(sizes))
+        for i, (key, into) in enumerate(zip(missing, torch.split(values, sizes), strict=True)):
+            if i % ranks.world == ranks.rank:
+                into.copy_(self._score(parts[key]))
+        self.store.put(dict(zip(missing, torch.split(ranks.sum(values), sizes), strict=True)))
+
+    def _score(self, part: Sequence[Tokens]) -> Tensor:
+        assert self.source is not None, "a group was not scored before the reference was given up"
+        return torch.cat(self.source.logps(part, [0] * len(part)))
+
+    def _key(self, part: Sequence[Tokens]) -> bytes:
+        return blake2b(repr([(t.prompt, t.completion) for t in part]).encode(), key=self.salt, digest_size=16).digest()
 
     def close(self) -> None:
         self.source = None
@@ -78,21 +96,39 @@ class Cached:
         return {}
 
     def load(self, tensors: dict[str, Tensor]) -> None:
-        """Nothing to restore: values are computed again, to the same bits."""
+        """Nothing to restore: what is kept is on disk, and what is not is computed again, to the same bits."""
+
+
+def fingerprint(source: Resident) -> bytes:
+    """A hash of all that a value depends on beside its tokens: weights, layout, precision, library and device."""
+    device = (
+        torch.cuda.get_device_name(source.device)
+        if source.device.type == "cuda"
+        else torch.backends.cpu.get_cpu_capability()
+    )
+    place = (torch.__version__, device, torch.get_num_threads(), source.dtype, source.temperature, source.scorer.paths)
+    found = blake2b(repr(place).encode(), digest_size=32)
+    for name, x in sorted(source.scorer.network.state_dict().items()):
+        found.update(f"{name} {x.dtype} {tuple(x.shape)}".encode())
+        found.update(x.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return found.digest()
 
 
 class Resident:
     """A model in memory, without gradient."""
 
-    def __init__(self, scorer: Scorer, device: torch.device, budget: int, dtype: str = "float32") -> None:
+    def __init__(
+        self, scorer: Scorer, device: torch.device, budget: int, dtype: str = "float32", temperature: float = 1.0
+    ) -> None:
         self.scorer, self.device, self.budget, self.dtype = scorer.to(device), device, budget, dtype
+        self.temperature = temperature
 
     @torch.no_grad()
-    def logps(self, tokens: Sequence[Tokens]) -> list[Tensor]:
+    def logps(self, tokens: Sequence[Tokens], groups: Sequence[int]) -> list[Tensor]:
         kept: dict[int, Tensor] = {}
-        for micro in plan(list(map(len, tokens)), range(len(tokens)), self.budget)[0]:
-            part = [tokens[i] for i in micro.index]
-            found = run(self.scorer, part, ("logps",), self.device, self.dtype)["logps"].cpu()
+        for micro in plan(units(tokens, groups, self.scorer.paths), self.budget)[0]:
+            part, own = [tokens[i] for i in micro.index], [groups[i] for i in micro.index]
+            found = run(self.scorer, part, ("logps",), self.device, self.dtype, own, self.temperature)["logps"].cpu()
             kept.update({i: found[k, : len(tokens[i].completion)] for k, i in enumerate(micro.index)})
         return [kept[i] for i in range(len(tokens))]
 
@@ -124,8 +160,8 @@ class Moving(Resident):
     @torch.no_grad()
     def follow(self, policy: Scorer, step: int) -> None:
         if step % self.every == 0:
-            theirs = policy.network.state_dict()
-            for name, own in self.scorer.network.state_dict().items():
+            theirs = _tensors(policy.network)
+            for name, own in _tensors(self.scorer.network).items():
                 if own.is_floating_point():
                     own.lerp_(theirs[name].to(own), self.mix)
 
@@ -134,3 +170,8 @@ class Moving(Resident):
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         load_tied(self.scorer.network, tensors)
+
+
+def _tensors(network: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers, each once, whatever is tied to it."""
+    return {**dict(network.named_parameters()), **dict(network.named_buffers())}

@@ -14,6 +14,7 @@ from prefopt.data.render import Renderer, Tokens, find_model, load_tokenizer
 from prefopt.data.streams import generator
 from prefopt.engine.forward import Scorer as Module
 from prefopt.engine.forward import run
+from prefopt.engine.layout import units
 from prefopt.engine.models import load_classifier
 from prefopt.engine.plan import plan
 from prefopt.errors import ConfigError
@@ -57,14 +58,15 @@ class RewardModel:
             for group in groups
             for completion in group.completions
         ]
-        scores = iter(self._scores(flat))
+        scores = iter(self._scores(flat, [i for i, group in enumerate(groups) for _ in group.completions]))
         return [[Score(next(scores)) for _ in group.completions] for group in groups]
 
     @torch.no_grad()
-    def _scores(self, tokens: List[Tokens]) -> list[float]:
+    def _scores(self, tokens: List[Tokens], groups: List[int]) -> list[float]:
         self.tokens += sum(map(len, tokens))
         scores: dict[int, float] = {}
-        for micro in plan(list(map(len, tokens)), range(len(tokens)), TOKEN_BUDGET)[0]:
-            found = run(self.module, [tokens[i] for i in micro.index], ("scores",), self.device)["scores"]
+        for micro in plan(units(tokens, groups, self.module.paths), TOKEN_BUDGET)[0]:
+            part, own = [tokens[i] for i in micro.index], [groups[i] for i in micro.index]
+            found = run(self.module, part, ("scores",), self.device, groups=own)["scores"]
             scores.update(zip(micro.index, found.tolist(), strict=True))
         return [scores[i] for i in range(len(tokens))]

@@ -18,6 +18,7 @@ from prefopt.errors import MissingColumn
 from prefopt.rows import Comparison, Completion, Demonstration, Judgement, Prompt, Ranking, Rollout, Row, Sequence
 
 GROUPS, LONGEST, PADDING = 6, 7, 3
+WEIGHTS = (1.0, 0.5, 2.0)
 EXTREME = 1e4
 STEP = 1e-6
 
@@ -94,6 +95,7 @@ class Synthetic:
             [s.completion.ids or () for s in sequences],
             role=[s.role for s in sequences],
             group=[s.group for s in sequences],
+            weight=[WEIGHTS[s.group % len(WEIGHTS)] for s in sequences],
         )
         shape = batch.mask.shape
         columns = {
@@ -208,7 +210,7 @@ def gradient(algorithm: Algorithm) -> None:
             outside = bool((slope[~made.batch.mask] == 0).all())
             _require(outside, f"padding gets a gradient through `{name}`: reduce it with batch.sum_tokens and the like")
         expected, found = float((slope * _direction(slope)).sum()), _slope_along(algorithm, made, name)
-        close = abs(expected - found) <= 1e-4 * max(1.0, abs(found))
+        close = abs(expected - found) <= 1e-4 * max(float(slope.norm()), abs(found))
         _require(
             close, f"the gradient by `{name}` is {expected:.6g} along a line where the loss changes by {found:.6g}"
         )

@@ -9,17 +9,21 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from prefopt.data.render import Tokens
 from prefopt.engine.forward import Scorer, run
+from prefopt.engine.layout import PLAIN, Paths
 from prefopt.engine.models import build
+from prefopt.engine.probe import probe
 from prefopt.testing.tiny import tiny_recipe
 
 SHAPE = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 GQA = {**SHAPE, "num_key_value_heads": 1, "head_dim": 12, "max_position_embeddings": 128}
 FAMILIES = {
     "llama": {**GQA, "tie_word_embeddings": True},
-    "qwen2": GQA,
+    "qwen2": {**GQA, "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
     "qwen3": GQA,
     "mistral": {**GQA, "sliding_window": 4},
+    "gemma2": {**GQA, "sliding_window": 4, "query_pre_attn_scalar": 12, "final_logit_softcapping": 2.0},
     "gemma3_text": {**GQA, "sliding_window": 4, "query_pre_attn_scalar": 12},
+    "granite": {**GQA, "logits_scaling": 3.0},
     "phi3": {**GQA, "pad_token_id": 0},
     "olmo2": GQA,
     "gpt2": {"n_embd": 24, "n_layer": 2, "n_head": 2, "n_positions": 128, "resid_pdrop": 0.5, "attn_pdrop": 0.5},
@@ -34,6 +38,13 @@ FAMILIES = {
     },
 }
 CPU = torch.device("cpu")
+PAIRS = [
+    Tokens((5, 6, 7, 12, 13, 14), (8, 9, 1)),
+    Tokens((5, 6, 7, 12, 13, 14), (8, 9, 10, 11, 15, 16, 1)),
+    Tokens((20, 21), (6, 7, 1)),
+    Tokens((20, 21), (9, 1)),
+    Tokens((9,) * 9, (3,)),
+]
 TOKENS = [Tokens((5, 6, 7), (8, 9, 1)), Tokens((5,), (6, 7, 8, 9, 10, 11, 1)), Tokens((9,) * 9, (3,))]
 
 
@@ -48,25 +59,74 @@ def model(request, tmp_path_factory):
 
 def test_a_sequence_has_the_same_log_probabilities_alone_and_padded(model):
     network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    together = run(Scorer(network, values=True), TOKENS, ("logps", "entropy", "values"), CPU)
+    together = run(Scorer(network), TOKENS, ("logps",), CPU)["logps"]
     for i, tokens in enumerate(TOKENS):
         ids = torch.tensor([[*tokens.prompt, *tokens.completion]])
         start, size = len(tokens.prompt), len(tokens.completion)
         with torch.no_grad():
             logps = torch.log_softmax(network(ids).logits[0].double(), -1)[start - 1 : -1]
         expected = logps.gather(1, ids[0, start:, None]).squeeze(1)
-        assert torch.allclose(together["logps"][i, :size].double(), expected, atol=1e-5)
+        assert torch.allclose(together[i, :size].double(), expected, atol=1e-5)
+
+
+def test_the_fastest_path_holds(model):
+    heard: list[str] = []
+    paths = probe(Scorer(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)), heard.append)
+    assert (paths.layout, paths.tiled, heard) == ("shared", True, [])
+
+
+@pytest.mark.parametrize("layout", ["causal", "shared"])
+def test_fast_equals_plain_in_value_and_gradient(model, layout):
+    """To 1e-5, for every budget of the head, with and without a prompt to share."""
+    expected = outputs_and_slopes(model, PLAIN)
+    for keep_bytes in (0, 1 << 20):
+        found = outputs_and_slopes(model, Paths(layout, tiled=True, keep_bytes=keep_bytes))
+        for name, x in expected.items():
+            assert torch.allclose(found[name], x, atol=1e-5), name
+
+
+def without_classifier(model) -> None:
+    if "granite" in str(model):
+        pytest.skip("transformers has no sequence classifier for Granite")
+
+
+def outputs_and_slopes(model, paths: Paths) -> dict[str, torch.Tensor]:
+    """What two pairs and a single sequence give, and the gradient of a weighted sum by every parameter."""
+    torch.manual_seed(0)
+    scorer = Scorer(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), values=True, paths=paths)
+    torch.nn.init.normal_(scorer.value_head.weight)
+    outputs = run(scorer, PAIRS, ("logps", "entropy", "values"), CPU, groups=[0, 0, 1, 1, 2])
+    weights = torch.linspace(-1, 2, outputs["logps"].numel()).view_as(outputs["logps"])
+    sum((x * weights).mean() for x in outputs.values()).backward()
+    return {**outputs, **{name: p.grad for name, p in scorer.named_parameters() if p.grad is not None}}
+
+
+def test_scores_of_a_reward_model_are_the_same_on_every_path(model):
+    without_classifier(model)
+    torch.manual_seed(0)
+    network = AutoModelForSequenceClassification.from_pretrained(model, num_labels=1, dtype=torch.float32)
+    plain, shared = (
+        run(Scorer(network, paths=paths), PAIRS, ("scores",), CPU, groups=[0, 0, 1, 1, 2])["scores"]
+        for paths in (PLAIN, Paths("shared"))
+    )
+    assert torch.allclose(plain, shared, atol=1e-5)
+
+
+def sections(model) -> dict[str, str]:
+    """What a configuration says of this model: Gemma 2 caps attention scores, which sdpa cannot."""
+    return {"path": str(model), "attention": "eager" if "gemma2" in str(model) else "sdpa"}
 
 
 def test_it_trains_by_dpo_and_reloads(model, train_tiny):
-    result = train_tiny(algorithm={"name": "dpo"}, model={"path": str(model)}, run={"steps": 2})
+    result = train_tiny(algorithm={"name": "dpo"}, model=sections(model), run={"steps": 2})
     reloaded = AutoModelForCausalLM.from_pretrained(result.model).state_dict()
     before = AutoModelForCausalLM.from_pretrained(model).state_dict()
     assert any(not torch.equal(reloaded[name], before[name]) for name in before)
 
 
 def test_it_trains_as_a_reward_model_and_reloads(model, train_tiny):
-    result = train_tiny(algorithm={"name": "reward_model"}, model={"path": str(model)}, run={"steps": 2})
+    without_classifier(model)
+    result = train_tiny(algorithm={"name": "reward_model"}, model=sections(model), run={"steps": 2})
     network = AutoModelForSequenceClassification.from_pretrained(result.model)
     saved = load_file(max(result.folder.glob("checkpoints/step-*")) / "model.safetensors")
     assert torch.equal(network.score.weight, saved["network.score.weight"])

@@ -14,9 +14,12 @@ from prefopt.data.render import Tokens
 from prefopt.engine.backward import backward
 from prefopt.engine.columns import Forwarder, fill
 from prefopt.engine.forward import Scorer
+from prefopt.engine.layout import PLAIN, Paths
 from prefopt.engine.ranks import Ranks
 from prefopt.errors import PluginError
 from prefopt.rows import Role
+
+KEPT = [(False, 0), (True, 0), (True, 1 << 20)]
 
 
 class TokenMean(Algorithm):
@@ -59,8 +62,10 @@ def step() -> Assembled:
     return Assembled(Batch.build([t.completion for t in tokens], role, group), tokens)
 
 
-def gradients(tiny_model, algorithm: Algorithm, budget: int, values: bool = False) -> tuple[dict, list[torch.Tensor]]:
-    scorer = Scorer(AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32), values=values)
+def gradients(
+    tiny_model, algorithm: Algorithm, budget: int, values: bool = False, paths: Paths = PLAIN
+) -> tuple[dict, list[torch.Tensor]]:
+    scorer = Scorer(AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32), values=values, paths=paths)
     if scorer.value_head is not None:
         torch.nn.init.constant_(scorer.value_head.weight, 0.1)
     ranks = Ranks("cpu")
@@ -78,6 +83,20 @@ def test_any_cut_gives_the_same_loss_metrics_and_gradient(tiny_model, algorithm,
     for a, b in zip(found, expected, strict=True):
         assert torch.allclose(a, b, atol=1e-6)
     assert max(float(g.abs().max()) for g in expected) > 1e-3
+
+
+FAST = [Paths(layout, tiled, keep_bytes) for layout in ("causal", "shared") for tiled, keep_bytes in KEPT]
+
+
+@pytest.mark.parametrize("paths", FAST, ids=str)
+@pytest.mark.parametrize(("algorithm", "values"), [(TokenMean(), False), (Sorted(), True)], ids=["plain", "coupled"])
+def test_every_path_gives_the_loss_and_gradient_of_the_plain_one(tiny_model, algorithm, values, paths):
+    whole, expected = gradients(tiny_model, algorithm, 10_000, values)
+    for budget in (10_000, 20):
+        fast, found = gradients(tiny_model, algorithm, budget, values, paths)
+        assert fast == pytest.approx(whole, abs=1e-5)
+        for a, b in zip(found, expected, strict=True):
+            assert torch.allclose(a, b, atol=1e-5)
 
 
 def test_a_coupled_loss_really_couples():

@@ -8,8 +8,11 @@ from transformers import AutoModelForCausalLM
 
 from prefopt.data.render import Tokens
 from prefopt.engine.forward import Scorer
+from prefopt.engine.layout import PLAIN, Paths
 from prefopt.engine.ranks import Ranks
-from prefopt.engine.reference import Cached, Moving, Resident
+from prefopt.engine.reference import Cached, Moving, Resident, fingerprint
+from prefopt.engine.store import Store
+from prefopt.errors import ResourceError
 
 CPU = torch.device("cpu")
 
@@ -27,50 +30,94 @@ def sequences(count: int = 24) -> list[Tokens]:
     ]
 
 
+def alone(tokens: list[Tokens]) -> range:
+    """A group for each sequence."""
+    return range(len(tokens))
+
+
+def pairs(count: int = 12) -> tuple[list[Tokens], list[int]]:
+    """Two completions for each prompt, side by side."""
+    tokens = sequences(2 * count)
+    both = [Tokens(tokens[i - i % 2].prompt, t.completion) for i, t in enumerate(tokens)]
+    return both, [i // 2 for i in range(2 * count)]
+
+
 def test_values_come_back_in_the_order_asked_for_whatever_the_budget(scorer):
     tokens = sequences()
-    together = Resident(scorer, CPU, budget=10_000).logps(tokens)
-    apart = Resident(scorer, CPU, budget=1).logps(tokens)
+    together = Resident(scorer, CPU, budget=10_000).logps(tokens, alone(tokens))
+    apart = Resident(scorer, CPU, budget=1).logps(tokens, alone(tokens))
     for a, b, t in zip(together, apart, tokens, strict=True):
         assert a.shape == (len(t.completion),)
         assert torch.allclose(a, b, atol=1e-5)
 
 
-def test_a_cached_value_has_the_same_bits_in_whatever_order_the_cache_is_filled(scorer):
-    tokens = sequences()
-    orders = [tokens, tokens[::-1], random.Random(1).sample(tokens, len(tokens))]
+@pytest.mark.parametrize("paths", [PLAIN, Paths("shared", tiled=True)])
+def test_a_cached_value_has_the_same_bits_in_whatever_order_the_cache_is_filled(scorer, tmp_path, paths):
+    scorer.paths = paths
+    tokens, groups = pairs()
+    orders = [list(range(12)), list(range(12))[::-1], random.Random(1).sample(range(12), 12)]
     caches = []
-    for order in orders:
-        cache = Cached(Resident(scorer, CPU, budget=500))
+    for number, order in enumerate(orders):
+        cache = Cached(Resident(scorer, CPU, budget=500), Store(tmp_path / f"{number}.sqlite"))
         for first in range(0, len(order), 5):
-            cache.logps(order[first : first + 5])
+            index = [i for group in order[first : first + 5] for i in (2 * group, 2 * group + 1)]
+            cache.logps([tokens[i] for i in index], [groups[i] for i in index])
         caches.append(cache)
-    for t in tokens:
-        first, *others = (cache.logps([t])[0] for cache in caches)
-        assert all(torch.equal(first, other) for other in others)
+    first, *others = (cache.logps(tokens, groups) for cache in caches)
+    for other in others:
+        assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
 
 
-def test_sharing_scores_each_sequence_once_and_outlives_the_model(scorer):
+def test_sharing_scores_each_group_once_and_outlives_the_model_and_the_process(scorer, tmp_path, monkeypatch):
     tokens = sequences(6)
-    cache = Cached(Resident(scorer, CPU, budget=500))
-    assert cache.share([*tokens, tokens[0]], Ranks("cpu")) == sum(map(len, tokens))
-    assert cache.share(tokens, Ranks("cpu")) == 0
-    cache.close()
-    expected = Resident(scorer, CPU, budget=1).logps(tokens)
-    assert all(torch.equal(a, b) for a, b in zip(cache.logps(tokens), expected, strict=True))
-
-
-def test_a_moving_reference_mixes_the_policy_in_at_its_steps(tiny_model, scorer):
-    reference = Moving(
-        Scorer(AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)), CPU, 500, every=2, mix=0.25
+    scored: list[int] = []
+    original = Resident.logps
+    monkeypatch.setattr(
+        Resident, "logps", lambda self, part, own: scored.append(len(part)) or original(self, part, own)
     )
+    cache = Cached(Resident(scorer, CPU, budget=500), Store(tmp_path / "kept.sqlite"))
+    cache.share([*tokens, tokens[0]], range(7), Ranks("cpu"))
+    cache.share(tokens, range(6), Ranks("cpu"))
+    cache.close()
+    again = Cached(Resident(scorer, CPU, budget=500), Store(tmp_path / "kept.sqlite"))
+    again.share(tokens, range(6), Ranks("cpu"))
+    assert scored == [1] * 6
+    expected = original(Resident(scorer, CPU, budget=1), tokens, alone(tokens))
+    for kept in (cache, again):
+        assert all(torch.equal(a, b) for a, b in zip(kept.logps(tokens, alone(tokens)), expected, strict=True))
+
+
+def test_other_weights_paths_or_precision_have_keys_of_their_own(tiny_model, scorer):
+    def key(dtype: str = "float32", paths: Paths = PLAIN, by: float = 0.0) -> bytes:
+        network = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+        with torch.no_grad():
+            next(network.parameters())[3, 3] += by
+        return fingerprint(Resident(Scorer(network, paths=paths), CPU, 500, dtype))
+
+    assert key() == key()
+    assert len({key(), key("bfloat16"), key(paths=Paths("shared")), key(by=1e-6)}) == 4
+
+
+def test_a_file_that_cannot_hold_values_is_named(tmp_path):
+    (tmp_path / "kept.sqlite").write_text("something else, and long enough to be no database " * 20)
+    with pytest.raises(ResourceError, match=r"cannot keep values in the file.*not a database"):
+        Store(tmp_path / "kept.sqlite")
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_moving_reference_mixes_the_policy_in_at_its_steps(tiny_model, tied):
+    def scorer() -> Scorer:
+        options = {"dtype": torch.float32, "tie_word_embeddings": tied}
+        return Scorer(AutoModelForCausalLM.from_pretrained(tiny_model, **options))
+
+    policy, reference = scorer(), Moving(scorer(), CPU, 500, every=2, mix=0.25)
     start = {name: x.clone() for name, x in reference.state().items()}
     with torch.no_grad():
-        for p in scorer.parameters():
+        for p in policy.parameters():
             p.add_(1.0)
-    reference.follow(scorer, step=1)
+    reference.follow(policy, step=1)
     assert all(torch.equal(x, start[name]) for name, x in reference.state().items())
-    reference.follow(scorer, step=2)
+    reference.follow(policy, step=2)
     for name, x in reference.state().items():
         assert torch.allclose(x, start[name] + 0.25, atol=1e-6), name
 
@@ -87,4 +134,6 @@ def test_a_moving_reference_is_restored_from_its_state(tiny_model, scorer):
     first.follow(scorer, 1)
     second.load({name: x.clone() for name, x in first.state().items()})
     tokens = sequences(3)
-    assert all(torch.equal(a, b) for a, b in zip(first.logps(tokens), second.logps(tokens), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(first.logps(tokens, range(3)), second.logps(tokens, range(3)), strict=True)
+    )

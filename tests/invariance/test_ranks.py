@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,6 @@ import pytest
 from safetensors.torch import load_file
 
 from prefopt.config import dump, resolved
-from prefopt.plugins import load
 from prefopt.session import train
 from prefopt.testing.tiny import tiny_config
 
@@ -25,15 +25,18 @@ RUNS = {
         "algorithm": {"name": "dpo"},
         "optim": {"batch_size": 5, "token_budget": 60, "lr": 1e-3},
     },  # ranks with idle turns
+    "coupled": {"algorithm": {"name": "sorted"}, "optim": {"batch_size": 6, "token_budget": 60, "lr": 1e-3}},
+    "plain": {"algorithm": {"name": "dpo"}, "optim": {"lr": 1e-3, "forward": "plain"}},
 }
+SCRIPT = Path(__file__).parent / "train_all.py"
+quiet_plugins = runpy.run_path(str(SCRIPT))["quiet_plugins"]
 
 
 @pytest.fixture(scope="module")
 def trained(tiny_model, tmp_path_factory) -> Path:
     """Every run once alone and once on two ranks, in `one/NAME` and `two/NAME`."""
     root = tmp_path_factory.mktemp("ranks")
-    plugins = load()
-    plugins.manager.unregister(name="prefopt:progress")
+    plugins = quiet_plugins()
     files = []
     for name, sections in RUNS.items():
         settings = {"steps": 7, "checkpoint": {"every": 4}}
@@ -44,9 +47,8 @@ def trained(tiny_model, tmp_path_factory) -> Path:
         path.write_text(dump(resolved(config)))
         files.append(str(path))
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
-    script = str(Path(__file__).parent / "train_all.py")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([*launch, "--standalone", script, *files], check=True, env=environment, timeout=300)
+    subprocess.run([*launch, "--standalone", str(SCRIPT), *files], check=True, env=environment, timeout=300)
     return root
 
 

@@ -1,0 +1,193 @@
+"""prefopt and TRL side by side: equality first, then interleaved blocks of steps on the same pairs.
+
+    python benchmarks/compare/compare.py WORKLOAD PEER_PYTHON OUT.json [--methods dpo,sft,reward_model] [--blocks 5]
+
+WORKLOAD is made by `workload.py`, PEER_PYTHON is the interpreter of the environment made by `make_venv.sh`. TRL runs
+in its default layout (the whole step in one forward pass) and at its best: the fastest of 1, 2, 4 and 8 rows at a time
+with precomputed reference and fused AdamW. Seconds are medians over all steps of all blocks; the reference pass of one
+epoch is spread over its steps, on both sides.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any
+
+HERE = Path(__file__).parent
+STEPS = 2
+MICRO = (1, 2, 4, 8)
+LOSS, GRADIENT = 1e-5, 1e-4
+
+
+@dataclass
+class Side:
+    """A process that trains when told to."""
+
+    name: str
+    command: list[str]
+    seconds: list[float] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    roofs: list[float] = field(default_factory=list)
+    peak_mb: float = 0.0
+
+    def __enter__(self) -> Side:
+        environment = {**os.environ, "OMP_NUM_THREADS": "2", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+        environment["PYTHONPATH"] = os.pathsep.join([str(HERE), *filter(None, [environment.get("PYTHONPATH")])])
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+        self.process = subprocess.Popen(self.command, text=True, env=environment, **pipes)  # type: ignore[call-overload]
+        self.ready = self._answer()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.stdin.close()
+        self.peak_mb = self._answer()["peak_mb"]
+        self.process.wait()
+
+    def _answer(self) -> dict[str, Any]:
+        for line in self.process.stdout:
+            if line.startswith("{"):
+                return json.loads(line)  # type: ignore[no-any-return]
+        raise SystemExit(f"{self.name} ended without an answer: {' '.join(self.command)}")
+
+    def train(self, steps: int, count: bool = True) -> list[float]:
+        """Trains a block; returns its seconds."""
+        self.process.stdin.write(f"steps {steps}\n")
+        self.process.stdin.flush()
+        found = self._answer()
+        self.losses += found["losses"]
+        if count:
+            self.seconds += found["seconds"]
+            self.roofs.append(found["roof"])
+        return found["seconds"]  # type: ignore[no-any-return]
+
+    def summary(self) -> dict[str, Any]:
+        low, _, high = quantiles(self.seconds, n=4)
+        reference = self.ready["reference_seconds"]
+        return {
+            "step_seconds": median(self.seconds),
+            "quartiles": [low, high],
+            "reference_seconds": reference,
+            "seconds": median(self.seconds) + reference,
+            "peak_mb": self.peak_mb,
+            "roof_gflops": median(self.roofs),
+        }
+
+
+def ours(workload: Path, method: str, steps: int, *more: str, name: str = "prefopt") -> Side:
+    return Side(name, [sys.executable, str(HERE / "ours.py"), str(workload), method, str(steps), *more])
+
+
+def peer(python: str, workload: Path, method: str, steps: int, micro: int, *more: str) -> Side:
+    command = [python, str(HERE / "peer.py"), str(workload), method, str(steps), str(micro), *more]
+    return Side(f"TRL, {micro} rows at a time{', best settings' if 'best' in more else ''}", command)
+
+
+def equality(python: str, workload: Path, method: str) -> dict[str, float]:
+    """Losses of two steps and gradients of the first, ours against TRL's. Ends the comparison when they differ."""
+    from safetensors.torch import load_file
+
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder) / name for name in ("ours.safetensors", "theirs.safetensors")]
+        sides = [ours(workload, method, 2, str(files[0])), peer(python, workload, method, 2, 8, str(files[1]))]
+        for side in sides:
+            with side:
+                side.train(2)
+        a, b = map(load_file, files)
+    names = sorted(a.keys() & b.keys())
+    off = sum(float((a[n] - b[n]).double().square().sum()) for n in names) ** 0.5
+    size = sum(float(b[n].double().square().sum()) for n in names) ** 0.5
+    losses = [abs(x - y) / abs(y) for x, y in zip(sides[0].losses, sides[1].losses, strict=True)]
+    found = {"loss": max(losses), "gradient": off / size, "tensors": len(names)}
+    if found["loss"] > LOSS or found["gradient"] > GRADIENT:
+        raise SystemExit(f"{method}: the two sides do not compute the same: {found}")
+    return found
+
+
+def fastest(python: str, workload: Path, method: str) -> int:
+    """The rows at a time with which TRL is fastest, by two steps after one to warm up."""
+    seconds = {}
+    for micro in MICRO:
+        with peer(python, workload, method, 3, micro, "best") as side:
+            side.train(1)
+            seconds[micro] = median(side.train(2))
+        print(f"  TRL {method}, {micro} rows at a time: {seconds[micro]:.2f} s a step", flush=True)
+    return min(seconds, key=seconds.__getitem__)
+
+
+def needed_gflop(workload: Path, method: str, steps: Sequence[int]) -> float:
+    """Mean useful work of a step: each token of a pair's row once, completion positions through the head, forward and
+    backward, no recomputation; attention by visible pairs of places."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    config = AutoConfig.from_pretrained(workload / "model")
+    reader = AutoTokenizer.from_pretrained(workload / "model")
+    rows = [json.loads(line) for line in (workload / "pairs.jsonl").read_text("utf-8").splitlines()]
+    layer = 4 * config.hidden_size**2 + 3 * config.hidden_size * config.intermediate_size
+    body, head = config.num_hidden_layers * layer, config.hidden_size * config.vocab_size
+    width = config.num_hidden_layers * config.hidden_size
+
+    def work(row: dict[str, str]) -> float:
+        prompt = len(reader(row["prompt"])["input_ids"])
+        sides = ["chosen"] if method == "sft" else ["chosen", "rejected"]
+        sizes = [len(reader(row["prompt"] + row[side])["input_ids"]) + 1 - prompt for side in sides]
+        seen = prompt**2 + sum(2 * prompt * size + size**2 for size in sizes)
+        scored = 0 if method == "reward_model" else sum(sizes)
+        return 3 * (2 * body * (prompt + sum(sizes)) + 2 * width * seen + 2 * head * scored)
+
+    used = [row for step in steps for row in rows[8 * step : 8 * step + 8]]
+    return sum(map(work, used)) / len(steps) / 1e9
+
+
+def compare(python: str, workload: Path, method: str, blocks: int) -> dict[str, Any]:
+    print(f"{method}: equality", flush=True)
+    equal = equality(python, workload, method)
+    micro = fastest(python, workload, method)
+    total = STEPS * (blocks + 1)
+    sides = [
+        ours(workload, method, total),
+        peer(python, workload, method, total, 8),
+        peer(python, workload, method, total, micro, "best"),
+    ]
+    with sides[0], sides[1], sides[2]:
+        for side in sides:
+            side.train(STEPS, count=False)
+        for block in range(blocks):
+            seconds = [median(side.train(STEPS)) for side in sides]
+            print(f"  {method} block {block + 1}: {' | '.join(f'{s:.2f} s' for s in seconds)}", flush=True)
+    found = {side.name: side.summary() for side in sides}
+    mine = found["prefopt"]
+    work = needed_gflop(workload, method, range(STEPS, total))
+    for summary in found.values():
+        summary["useful_mfu"] = work / summary["step_seconds"] / mine["roof_gflops"]
+    ratios = {name: summary["seconds"] / mine["seconds"] for name, summary in found.items()}
+    return {"equality": equal, "needed_gflop": work, "sides": found, "times_slower_than_prefopt": ratios}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("workload", type=Path)
+    parser.add_argument("python")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--methods", default="dpo,sft,reward_model")
+    parser.add_argument("--blocks", type=int, default=5)
+    options = parser.parse_args()
+    results = {m: compare(options.python, options.workload, m, options.blocks) for m in options.methods.split(",")}
+    options.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    for method, result in results.items():
+        for name, found in result["sides"].items():
+            times = result["times_slower_than_prefopt"][name]
+            used = f"{found['seconds']:7.2f} s  {found['peak_mb']:7.0f} MB  MFU {found['useful_mfu']:.0%}"
+            print(f"{method:13s} {name:40s} {used}  x{times:.2f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""prefopt's side: `python ours.py WORKLOAD METHOD TOTAL_STEPS [GRADIENTS] [KEY=VALUE...]`, as `worker.py` says.
+
+METHOD is dpo, sft or reward_model; GRADIENTS a file for those of the first step; KEY=VALUE overrides the configuration.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from worker import Steps, answer, orders, peak_mb, roof
+
+from prefopt import session
+from prefopt.config import load_run
+from prefopt.engine.folder import RunFolder
+from prefopt.engine.loop import Loop
+from prefopt.engine.ranks import Ranks
+from prefopt.engine.record import Recorder
+from prefopt.engine.services import EngineServices
+from prefopt.plugins import load
+
+CONFIG = """
+prefopt: 1
+model: {{path: {workload}/{model}}}
+data: {{source: jsonl, path: {workload}/pairs.jsonl}}
+algorithm: {{name: {method}}}
+optim: {{lr: 1.0e-5, batch_size: 8, schedule: constant, max_grad_norm: 1.0e9}}
+run: {{dir: {folder}/run, steps: {steps}, device: cpu, threads: 2}}
+"""
+
+
+@dataclass(frozen=True)
+class InOrder:
+    """Rows as they stand in the file, as the other side reads them."""
+
+    size: int
+    steps_per_epoch: int
+
+    def step(self, step: int) -> list[int]:
+        return list(range(step * self.size, (step + 1) * self.size))
+
+
+def build(workload: Path, method: str, steps: int, folder: Path, overrides: list[str]) -> tuple[Loop, float]:
+    """A loop over the pairs in order, and the seconds its reference pass took."""
+    plugins = load()
+    plugins.manager.unregister(name="prefopt:progress")
+    settings = {"workload": workload, "method": method, "folder": folder, "steps": steps}
+    settings["model"] = "classifier" if method == "reward_model" else "model"
+    (folder / "run.yaml").write_text(CONFIG.format(**settings))
+    config = load_run(folder / "run.yaml", plugins.find, overrides)
+    run = session.Session(config, plugins, Ranks("cpu", 2), RunFolder(folder / "run"), print)
+    run.folder.create()
+    seconds = [0.0]
+    fill = run._fill
+
+    def timed(reference, loop, evaluator):  # type: ignore[no-untyped-def]
+        loop.order = InOrder(config.optim.batch_size, steps)
+        began = time.perf_counter()
+        fill(reference, loop, evaluator)
+        seconds[0] = time.perf_counter() - began
+
+    run._fill = timed  # type: ignore[method-assign]
+    run.services = EngineServices(config.run.seed, run.ranks.device)
+    run.recorder = Recorder(run.folder.path, True)
+    loop, _ = run._build()
+    loop.order = InOrder(config.optim.batch_size, steps)  # type: ignore[assignment]
+    return loop, seconds[0]
+
+
+def main() -> None:
+    workload, method, total = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+    rest = sys.argv[4:]
+    gradients = next((Path(a) for a in rest if "=" not in a), None)
+    folder = Path(tempfile.mkdtemp())
+    loop, reference = build(workload, method, total, folder, [a for a in rest if "=" in a])
+    if gradients is not None:
+        step = loop.optimizer.step
+        loop.optimizer.step = lambda rate: (_keep(loop, gradients), step(rate))  # type: ignore[assignment,func-returns-value]
+    done = 0
+    answer(ready=True, reference_seconds=reference / total, torch=torch.__version__)
+    for count in orders():
+        speed, steps = roof(), Steps()
+        for _ in range(count):
+            began = time.perf_counter()
+            metrics = loop.step(done)
+            steps.seconds.append(time.perf_counter() - began)
+            steps.losses.append(metrics["loss/total"])
+            steps.norms.append(metrics["gradient/norm"])
+            done += 1
+        answer(roof=speed, **asdict(steps))
+    shutil.rmtree(folder)
+    answer(peak_mb=peak_mb())
+
+
+def _keep(loop: Loop, path: Path) -> None:
+    if not path.exists():
+        found = {name: p.grad for name, p in loop.scorer.network.named_parameters() if p.grad is not None}
+        save_file({name: x.clone() for name, x in found.items()}, path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,141 @@
+"""TRL's side: `python peer.py WORKLOAD METHOD TOTAL_STEPS MICRO [best] [GRADIENTS]`, as `worker.py` says.
+
+Run it in an environment of its own (`make_venv.sh`). MICRO is how many rows go through the model at once; `best` adds
+what helps TRL on a CPU: precomputed reference log-probabilities and fused AdamW.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
+from worker import Steps, answer, orders, peak_mb, roof
+
+BATCH, MAX_LENGTH = 8, 512
+
+
+class Blocks(TrainerCallback):  # type: ignore[misc]
+    """Waits before each block for the order to train it, and answers after it."""
+
+    def __init__(self, gradients: Path | None) -> None:
+        self.gradients, self.waiting, self.left, self.steps = gradients, orders(), 0, Steps()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.left == 0:
+            self.left, self.steps = next(self.waiting, 0), Steps()
+            self.speed = roof()
+            control.should_training_stop = self.left == 0
+            if self.left == 0:
+                answer(peak_mb=peak_mb())
+                os._exit(0)
+        self.began = time.perf_counter()
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if self.gradients is not None and not self.gradients.exists():
+            found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+            save_file(found, self.gradients)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.steps.seconds.append(time.perf_counter() - self.began)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
+        if "loss" not in logs:
+            return
+        self.steps.losses.append(float(logs["loss"]))
+        self.steps.norms.append(float(logs["grad_norm"]))
+        self.left -= 1
+        if self.left == 0:
+            answer(roof=self.speed, **asdict(self.steps))
+
+
+def rows(workload: Path, method: str, count: int) -> Dataset:
+    """The first pairs, in order, as the trainer of the method wants them."""
+    lines = (workload / "pairs.jsonl").read_text(encoding="utf-8").splitlines()[:count]
+    found = [json.loads(line) for line in lines]
+    if method == "sft":
+        found = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in found]
+    return Dataset.from_list(found)
+
+
+def trainer(workload: Path, method: str, steps: int, micro: int, best: bool, callback: Blocks) -> Any:
+    common: dict[str, Any] = {
+        "output_dir": tempfile.mkdtemp(),
+        "max_steps": steps,
+        "per_device_train_batch_size": micro,
+        "gradient_accumulation_steps": BATCH // micro,
+        "max_length": MAX_LENGTH,
+        "learning_rate": 1e-5,
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": 1e9,
+        "train_sampling_strategy": "sequential",
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "report_to": [],
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "seed": 0,
+        **({"optim": "adamw_torch_fused"} if best else {}),
+    }
+    path = workload / "model"
+    make: Any
+    config: Any
+    if method == "reward_model":
+        from trl import RewardConfig as config
+        from trl import RewardTrainer as make
+
+        path = workload / "classifier"
+        model = AutoModelForSequenceClassification.from_pretrained(path, dtype=torch.float32)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    if method == "dpo":
+        from trl import DPOConfig as config
+        from trl import DPOTrainer as make
+
+        common |= {"beta": 0.1, "precompute_ref_log_probs": best}
+    if method == "sft":
+        from trl import SFTConfig as config
+        from trl import SFTTrainer as make
+    data = rows(workload, method, BATCH * steps)
+    reader = AutoTokenizer.from_pretrained(path)
+    return make(model, args=config(**common), train_dataset=data, processing_class=reader, callbacks=[callback])
+
+
+def main() -> None:
+    workload, method, steps, micro = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+    gradients = next((Path(a) for a in sys.argv[5:] if a != "best"), None)
+    reference = [0.0]
+    if method == "dpo":
+        import trl
+
+        compute = trl.DPOTrainer._precompute_ref_logps
+
+        def timed(self: Any, *args: Any, **kwargs: Any) -> Any:
+            began = time.perf_counter()
+            found = compute(self, *args, **kwargs)
+            reference[0] += time.perf_counter() - began
+            return found
+
+        trl.DPOTrainer._precompute_ref_logps = timed
+    run = trainer(workload, method, steps, micro, "best" in sys.argv[5:], Blocks(gradients))
+    import trl
+
+    answer(ready=True, reference_seconds=reference[0] / steps, trl=trl.__version__, torch=torch.__version__)
+    run.train()
+    answer(peak_mb=peak_mb())
+
+
+if __name__ == "__main__":
+    sys.stdout = sys.stderr  # answers alone go to the real standard output
+    main()

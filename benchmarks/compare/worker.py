@@ -1,0 +1,55 @@
+"""What both sides of the comparison share: a process that trains some steps when told to, and says how it went.
+
+Lines on standard input are `steps N`; each is answered by one line of JSON: seconds, losses and gradient norms of the
+steps, and the speed of a matrix product measured just before. The end of input ends the process with its peak memory.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+
+
+@dataclass
+class Steps:
+    """The steps of one answer."""
+
+    seconds: list[float] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
+
+
+def orders() -> Iterator[int]:
+    """How many steps to train, order by order."""
+    for line in sys.stdin:
+        yield int(line.removeprefix("steps "))
+
+
+def answer(**found: object) -> None:
+    """One line of JSON on the real standard output."""
+    sys.__stdout__.write(json.dumps(found) + "\n")
+    sys.__stdout__.flush()
+
+
+def roof(dtype: torch.dtype = torch.float32) -> float:
+    """GFLOP/s of the workload's own matrix product, [1024, 512] x [512, 1344], the best of several."""
+    a, b = torch.randn(1024, 512, dtype=dtype), torch.randn(1344, 512, dtype=dtype)
+    best = min(_timed(lambda: [a @ b.T for _ in range(20)]) for _ in range(5))
+    return 20 * 2 * 1024 * 512 * 1344 / best / 1e9
+
+
+def _timed(run: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    run()
+    return time.perf_counter() - began
+
+
+def peak_mb() -> float:
+    """The most memory this process has had, in MB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

@@ -1,0 +1,109 @@
+"""Which fast paths hold for a model: each is compared with the plain path on a few tokens before it is used.
+
+It knows no architecture by name. A path that gives other numbers, or that the model refuses, is left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prefopt.data.render import Tokens
+from prefopt.engine.forward import Scorer, run
+from prefopt.engine.layout import PLAIN, Paths
+from prefopt.engine.linear import KEEP_BYTES
+
+WINDOW = 4
+TOLERANCE = 1e-4
+GROUPS = (0, 0, 1, 2, 2, 2)
+LENGTHS = ((9, 5), (9, 8), (12, 3), (1, 6), (1, 2), (1, 9))
+"""Prompt and completion of each sequence: longer than the window, one prompt of a single token."""
+
+
+def probe(scorer: Scorer, warn: Callable[[str], None], keep_bytes: int = KEEP_BYTES) -> Paths:
+    """The fastest paths that agree with each sequence scored alone, in values and in a gradient; `warn` hears what does
+    not.
+
+    A sliding window is narrowed meanwhile, so that the probe reaches beyond it. The scorer is as before afterwards.
+    """
+    before, reach = scorer.paths, _reach(scorer)
+    tiled = [Paths(layout, tiled=True, keep_bytes=keep_bytes, reach=reach) for layout in ("shared", "causal")]
+    whole = [Paths(layout, reach=reach) for layout in ("shared", "causal")]
+    try:
+        with _narrow(scorer.config):
+            expected = _numbers(scorer, PLAIN, alone=True)
+            for paths in (*tiled, *whole, PLAIN):
+                reason = _disagreement(scorer, paths, expected)
+                if reason is None:
+                    return paths
+                warn(f"the {paths.layout}{', tiled' * paths.tiled} path is not used for this model: {reason}")
+    finally:
+        scorer.paths = before
+    warn("no path agrees with sequences scored alone: padding changes what this model computes")
+    return PLAIN
+
+
+def _disagreement(scorer: Scorer, paths: Paths, expected: list[Tensor]) -> str | None:
+    try:
+        found = _numbers(scorer, paths)
+    except (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError, KeyError) as error:
+        return f"{type(error).__name__}: {str(error).partition(chr(10))[0][:120]}"
+    off = max(float((a - b).abs().max() / (1 + b.abs().max())) for a, b in zip(found, expected, strict=True))
+    return None if off <= TOLERANCE else f"it differs by {off:.1g}"
+
+
+def _numbers(scorer: Scorer, paths: Paths, alone: bool = False) -> list[Tensor]:
+    """The probe's outputs [n, T] or [n], and the gradient of a weighted sum of them by the smallest parameter."""
+    scorer.paths = paths
+    tokens, parameters = _tokens(scorer), [p for p in scorer.network.parameters() if p.requires_grad]
+    want = "scores" if hasattr(scorer.network, "score") else "logps"
+    device = next(scorer.network.parameters()).device
+    with torch.enable_grad():
+        if alone:
+            parts = [run(scorer, [t], (want,), device)[want][0] for t in tokens]
+            output = torch.nn.utils.rnn.pad_sequence(parts, batch_first=True) if want == "logps" else torch.stack(parts)
+        else:
+            output = run(scorer, tokens, (want,), device, groups=GROUPS)[want]
+        weights = torch.linspace(1, 2, output.numel(), device=device).view_as(output)
+        slopes = torch.autograd.grad((output * weights).sum(), sorted(parameters, key=Tensor.numel)[:1])
+    return [output.detach(), *slopes]
+
+
+def _tokens(scorer: Scorer) -> list[Tokens]:
+    """Random tokens; the prompt of a group is one and the same."""
+    vocabulary = scorer.config.vocab_size
+    drawn = torch.randint(vocabulary, (200,), generator=torch.Generator().manual_seed(0)).tolist()
+    found = []
+    for i, (group, (prompt, completion)) in enumerate(zip(GROUPS, LENGTHS, strict=True)):
+        own = drawn[20 * (i + 3) : 20 * (i + 3) + completion]
+        found.append(Tokens(tuple(drawn[20 * group : 20 * group + prompt]), tuple(own)))
+    return found
+
+
+@contextmanager
+def _narrow(config: Any) -> Iterator[None]:
+    """A sliding window narrower than the probe."""
+    window = getattr(config, "sliding_window", None)
+    if window is None:
+        yield
+        return
+    config.sliding_window = min(window, WINDOW)
+    try:
+        yield
+    finally:
+        config.sliding_window = window
+
+
+def _reach(scorer: Scorer) -> float:
+    """The row length at which attention costs as much as the matrix products: N / (L a), of N weights in L layers with
+    heads a wide together."""
+    network: Any = scorer.network
+    config = scorer.config
+    vectors = network.get_input_embeddings().weight.numel()
+    weights = sum(p.numel() for p in network.base_model.parameters()) - vectors
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return float(weights / (config.num_hidden_layers * config.num_attention_heads * size))

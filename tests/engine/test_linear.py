@@ -1,0 +1,70 @@
+"""The tiled head against autograd through whole logits, in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from prefopt.engine.linear import Shape, linear_logps
+
+SHAPES = [Shape(), Shape(temperature=0.7), Shape(scale=2.0, softcap=3.0, temperature=1.3)]
+
+
+def inputs(bias: bool, dtype: torch.dtype = torch.float64) -> tuple[list[torch.Tensor], torch.Tensor]:
+    draw = torch.Generator().manual_seed(0)
+    sizes = [(13, 8), (31, 8), *([(31,)] if bias else [])]
+    made = [torch.randn(size, generator=draw, dtype=dtype).requires_grad_() for size in sizes]
+    return made, torch.randint(31, (13,), generator=draw)
+
+
+def by_autograd(made: list[torch.Tensor], targets: torch.Tensor, shape: Shape) -> tuple[torch.Tensor, torch.Tensor]:
+    hidden, weight, *bias = made
+    x = (hidden @ weight.T + (bias[0] if bias else 0.0)) * shape.scale
+    x = x if shape.softcap is None else shape.softcap * torch.tanh(x / shape.softcap)
+    logps = torch.log_softmax(x / shape.temperature, -1)
+    return logps.gather(1, targets[:, None]).squeeze(1), -(logps.exp() * logps).sum(1)
+
+
+@pytest.mark.parametrize("tile_bytes", [1, 3000, 1 << 20], ids=["one row", "some rows", "all rows"])
+@pytest.mark.parametrize("keep_bytes", [0, 1 << 12, 1 << 20], ids=["keeps none", "keeps some", "keeps all"])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("entropy", [False, True])
+def test_values_and_gradients_are_those_of_whole_logits(entropy, bias, shape, keep_bytes, tile_bytes):
+    made, targets = inputs(bias)
+    by_logps, by_entropy = torch.linspace(-1, 2, 13).double(), torch.linspace(3, -2, 13).double()
+    scores = linear_logps(
+        made[0], made[1], targets, *made[2:], shape=shape, entropy=entropy, keep_bytes=keep_bytes, tile_bytes=tile_bytes
+    )
+    logps, whole = by_autograd(made, targets, shape)
+    assert torch.allclose(scores.logps, logps, atol=1e-12)
+    found, expected = (scores.logps * by_logps).sum(), (logps * by_logps).sum()
+    if entropy:
+        assert torch.allclose(scores.entropy, whole, atol=1e-12)
+        found, expected = found + (scores.entropy * by_entropy).sum(), expected + (whole * by_entropy).sum()
+    pairs = zip(torch.autograd.grad(found, made), torch.autograd.grad(expected, made), strict=True)
+    assert all(torch.allclose(a, b, atol=1e-11) for a, b in pairs)
+
+
+def test_half_precision_states_are_summed_in_float32():
+    (hidden, weight), targets = inputs(bias=False, dtype=torch.bfloat16)
+    scores = linear_logps(hidden, weight, targets)
+    exact, _ = by_autograd([hidden.double(), weight.double()], targets, Shape())
+    assert scores.logps.dtype == torch.float32
+    assert torch.allclose(scores.logps.double(), exact, atol=1e-5)
+    scores.logps.sum().backward()
+    assert hidden.grad.dtype == weight.grad.dtype == torch.bfloat16
+
+
+def test_a_frozen_matrix_gets_no_gradient():
+    (hidden, weight), targets = inputs(bias=False)
+    linear_logps(hidden, weight.detach(), targets).logps.sum().backward()
+    assert hidden.grad is not None
+    assert weight.grad is None
+
+
+def test_nothing_is_kept_where_no_gradient_is_wanted():
+    (hidden, weight), targets = inputs(bias=False)
+    with torch.no_grad():
+        scores = linear_logps(hidden, weight, targets)
+    assert not scores.logps.requires_grad
