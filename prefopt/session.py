@@ -39,7 +39,7 @@ from prefopt.engine.record import TIMINGS, Recorder, numbers
 from prefopt.engine.reference import Cached, Moving, Reference, Resident
 from prefopt.engine.rollout import draw
 from prefopt.engine.services import EngineServices, RewardModel
-from prefopt.errors import ConfigError, DataError, Preempted
+from prefopt.errors import ConfigError, DataError, Preempted, redact
 from prefopt.hookspecs import RunInfo
 from prefopt.plugins import Plugins
 from prefopt.preflight import check, world_recipe
@@ -328,7 +328,7 @@ class Session:
         """`config.yaml` and `run.json`: what was asked for, and with which versions and data."""
         if not self.ranks.main or self.folder.info.exists():
             return
-        write_text(self.folder.config, dump(resolved(self.config)))
+        write_text(self.folder.config, dump(redact(resolved(self.config))))
         self.folder.write(self.folder.info, describe(self.config, self.plugins))
 
 

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict
 from prefopt.bench.plots import Point, forest, scatter
 from prefopt.bench.stats import FEWEST_SEEDS, Interval, t_interval
 from prefopt.config import SuiteConfig, dump, resolved
+from prefopt.errors import redact
 from prefopt.registry import Registry
 
 HEADLINE = ("gold_reward", "win_rate", "kl_sequence", "length")
@@ -103,7 +104,7 @@ def build_report(
         suite=suite.name,
         commit=commit,
         seeds=list(suite.seeds),
-        configuration=resolved(suite),
+        configuration=redact(resolved(suite)),
         summary=[_summary(group) for group in _groups(signed)],
         cells=signed,
         failures=list(failures),

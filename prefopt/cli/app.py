@@ -191,13 +191,16 @@ def validate(config: ConfigFile, overrides: Overrides = None) -> None:
 
 
 @app.command()
-def resume(folder: Annotated[Path, typer.Argument(help="A run folder.", metavar="RUN")]) -> None:
+def resume(
+    folder: Annotated[Path, typer.Argument(help="A run folder.", metavar="RUN")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Secrets that were not written to it.", metavar="[KEY=VALUE]...")
+    ] = None,
+) -> None:
     """Continue a run from its last checkpoint, to the same bytes it would have had."""
-    from prefopt.errors import ConfigError
+    from prefopt.cli.resume import read_back
 
-    if (folder / "result.json").exists():
-        raise ConfigError("the run is finished", where=str(folder))
-    run, found = _read(folder / "config.yaml", [f"run.dir={folder}"])
+    run, found = read_back(folder, overrides or ())
     from prefopt.session import train as start
 
     result = start(run, found, resume=True, warn=_warn)

@@ -17,7 +17,7 @@ from pydantic_core import PydanticCustomError
 from prefopt.components import Component, DataSource
 from prefopt.config.models import DataConfig, RunConfig, Section, SuiteConfig
 from prefopt.config.yaml import Document, Keys, apply_overrides, read
-from prefopt.errors import ConfigError, PrefoptError, Problem, did_you_mean, redact
+from prefopt.errors import REDACTED, ConfigError, PrefoptError, Problem, did_you_mean, redact
 
 Find = Callable[[str, str], type[Component]]
 """(kind, name) to a component class; raises `PrefoptError` for a name it cannot resolve."""
@@ -45,12 +45,17 @@ ELSEWHERE: Final = {
 def load_run(path: Path, find: Find, overrides: Sequence[str] = ()) -> RunConfig:
     """The run in a YAML file. Raises `ConfigError` with all its problems, `PluginError` when a named plugin is
     broken."""
-    return run_from(apply_overrides(read(path), overrides), find)
+    return run_from(read_document(path, overrides), find)
+
+
+def read_document(path: Path, overrides: Sequence[str] = ()) -> Document:
+    """A YAML file with overrides laid over it, not yet understood."""
+    return apply_overrides(read(path), overrides)
 
 
 def load_suite(path: Path, find: Find, overrides: Sequence[str] = ()) -> tuple[SuiteConfig, Document]:
     """The suite in a YAML file, and the document, whose parts become runs."""
-    document = apply_overrides(read(path), overrides)
+    document = read_document(path, overrides)
     return validated(SuiteConfig, document, find), document
 
 
@@ -62,16 +67,31 @@ def run_from(document: Document, find: Find) -> RunConfig:
 def allowed_plugins(path: Path, overrides: Sequence[str] = ()) -> tuple[str, ...] | None:
     """`plugins: {allow: [...]}` of a file, read before any plugin is loaded; None when it says nothing usable."""
     try:
-        allow = apply_overrides(read(path), overrides).at("plugins", "allow").data
+        return allowed_in(read_document(path, overrides))
     except PrefoptError:
         return None
+
+
+def allowed_in(document: Document) -> tuple[str, ...] | None:
+    """The same of a document."""
+    allow = document.at("plugins", "allow").data
     return tuple(name for name in allow if isinstance(name, str)) if isinstance(allow, list) else None
 
 
 def resolved(config: Section) -> dict[str, Any]:
-    """A configuration as plain data with every default written out, without secrets; it loads again to the same run."""
-    data: dict[str, Any] = redact(json.loads(json.dumps(config.model_dump(mode="json"))))
+    """A configuration as plain data with every default written out; it loads again to the same run. It may hold
+    secrets: what is written or shown goes through `redact` first."""
+    data: dict[str, Any] = json.loads(json.dumps(config.model_dump(mode="json")))
     return data
+
+
+def redacted_keys(data: Any, path: Keys = ()) -> Iterator[Keys]:
+    """The keys whose values were left out when this plain data was written."""
+    items = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ()
+    for key, value in items:
+        if REDACTED in str(key) or (isinstance(value, str) and REDACTED in value):
+            yield (*path, key)
+        yield from redacted_keys(value, (*path, key))
 
 
 def validated(model: type[M], document: Document, find: Find) -> M:

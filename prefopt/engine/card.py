@@ -43,7 +43,7 @@ Source `{config.data.source.name}`.
 ## Configuration
 
 ```yaml
-{dump(resolved(config))}```
+{dump(redact(resolved(config)))}```
 
 {versions}
 """

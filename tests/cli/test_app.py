@@ -97,7 +97,7 @@ def test_validate_says_what_a_run_will_do(config):
         (["validate", "RUN", "model.path=./none"], 2, "there is no folder"),
         (["validate", "RUN", "plugins.allow=[]"], 2, "Not allowed to load"),
         (["train", "RUN", "run.dir=a/../b"], 2, "may not climb"),
-        (["resume", "nowhere"], 2, "cannot read the file"),
+        (["resume", "nowhere"], 2, "not a run folder"),
         (["explain", "dop"], 2, "Did you mean `dpo`?"),
         (["init", "x", "--recipe", "frist"], 2, "Did you mean `first`?"),
         (["plugins", "new", "My Method"], 2, "cannot name a plugin"),

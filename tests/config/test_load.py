@@ -10,10 +10,10 @@ from typing import Any
 import jsonschema
 import pytest
 
-from prefopt.config import dump, load_run, resolved, run_from, schema
+from prefopt.config import dump, load_run, redacted_keys, resolved, run_from, schema
 from prefopt.config.load import allowed_plugins
 from prefopt.config.yaml import Document, parse
-from prefopt.errors import ConfigError, PrefoptError
+from prefopt.errors import ConfigError, PrefoptError, redact
 from prefopt.registry import field_docs
 
 TEXT = """\
@@ -110,8 +110,16 @@ def test_a_moving_reference_is_whole_or_not_at_all(plugins):
 
 def test_secrets_are_not_written_out(plugins):
     text = TEXT.replace("./models/base", "./hf_abcdefghijklmnopqrstuv")
-    shown = resolved(run_from(parse(text, "f"), plugins.find))
+    config = run_from(parse(text, "f"), plugins.find)
+    shown = redact(resolved(config))
     assert shown["model"]["path"] == "./[redacted]"
+    assert list(redacted_keys(shown)) == [("model", "path")]
+
+
+def test_what_is_run_again_is_not_redacted(plugins, monkeypatch):
+    monkeypatch.setenv("MY_SERVICE_TOKEN", "pairs.jsonl.gz")
+    config = run_from(parse(TEXT, "f"), plugins.find)
+    assert run_from(Document(resolved(config)), plugins.find) == config
 
 
 def test_allowed_plugins_are_read_before_anything_else(tmp_path):
