@@ -19,6 +19,7 @@ from pydantic import (
     ConfigDict,
     GetCoreSchemaHandler,
     GetJsonSchemaHandler,
+    PrivateAttr,
     SerializerFunctionWrapHandler,
     ValidationError,
     ValidationInfo,
@@ -55,6 +56,8 @@ def _resolve(cls: type[Component], value: Any, info: ValidationInfo) -> Componen
         component: Component = found.model_validate_json(json.dumps(settings), strict=True, context=info.context)
     except ValidationError as error:
         raise PydanticCustomError("component", "invalid", {"errors": error.errors(), "cls": found}) from None
+    if ":" in value[cls.key]:
+        component._written = value[cls.key]
     return component
 
 
@@ -71,6 +74,8 @@ class Component(BaseModel):
     """The configuration key that holds the component's name."""
     name: ClassVar[str] = ""
     paper: ClassVar[str] = ""
+    _written: str = PrivateAttr("")
+    """`distribution:name`, where the configuration says which of two plugins it means."""
 
     @classmethod
     def summary(cls) -> str:
@@ -79,12 +84,12 @@ class Component(BaseModel):
 
     @model_serializer(mode="wrap")
     def _with_name(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return {self.key: self.name, **handler(self)}
+        return {self.key: self._written or self.name, **handler(self)}
 
     @model_validator(mode="before")
     @classmethod
     def _without_name(cls, value: Any) -> Any:
-        if cls.name and isinstance(value, Mapping) and value.get(cls.key) == cls.name:
+        if cls.name and isinstance(value, Mapping) and str(value.get(cls.key)).rpartition(":")[2] == cls.name:
             return {k: v for k, v in value.items() if k != cls.key}
         return value
 

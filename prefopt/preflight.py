@@ -143,7 +143,7 @@ def world_recipe(path: str, find: Callable[[str, str], type[Component]]) -> Reci
 
 def describe(config: RunConfig, registry: Registry) -> str:
     """One line that says what a valid configuration will do."""
-    entry = registry.find("algorithm", config.algorithm.name)
+    entry = registry.owner(type(config.algorithm))
     needs = config.algorithm.needs()
     parts = [f"{config.algorithm.name} ({entry.distribution} {entry.version})"]
     parts.append(f"on {config.algorithm.eats.kind} rows from {config.data.source.name}")

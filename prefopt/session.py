@@ -334,7 +334,7 @@ class Session:
 
 def describe(config: RunConfig, plugins: Plugins) -> dict[str, Any]:
     """What a result depends on beside its configuration: versions of code, hashes of data."""
-    owner = plugins.registry.find(config.algorithm.kind, config.algorithm.name)
+    owner = plugins.registry.owner(type(config.algorithm))
     packages = ("prefopt", "torch", "transformers", "tokenizers", "accelerate", "numpy")
     return {
         "algorithm": {"name": config.algorithm.name, "distribution": owner.distribution, "version": owner.version},
@@ -345,7 +345,7 @@ def describe(config: RunConfig, plugins: Plugins) -> dict[str, Any]:
 
 def default_sampler(plugins: Plugins) -> Sampler:
     """The sampler of a configuration that names none."""
-    sampler = plugins.find("sampler", "plain")()
+    sampler = plugins.find("sampler", "prefopt:plain")()
     assert isinstance(sampler, Sampler)
     return sampler
 

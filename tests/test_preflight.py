@@ -2,12 +2,15 @@ from __future__ import annotations
 
 import json
 
+import jsonschema
 import pytest
 
 from prefopt.api import Algorithm, Comparison, Draw, Needs
+from prefopt.config import Document, resolved, run_from, schema
 from prefopt.errors import ConfigError, DataError, PluginError
 from prefopt.plugins import load
 from prefopt.preflight import check, describe
+from prefopt.registry import field_docs
 from prefopt.testing.tiny import tiny_config, tiny_rows, write_rows
 
 
@@ -96,6 +99,27 @@ def test_everything_wrong_is_reported_at_once(found, tiny_model, tmp_path):
     with pytest.raises(ConfigError) as caught:
         check(run, found.registry)
     assert len(caught.value.problems) == 3
+
+
+class Other(Algorithm):
+    name, eats = "dpo", Comparison
+
+    strength: float = 0.5
+
+
+def test_a_name_that_two_plugins_offer_can_be_qualified(found, tiny_model, tmp_path):
+    found.registry.add(Other, "Other_Plugin", "2.0")
+    run = config(found, tiny_model, tmp_path, algorithm={"name": "prefopt-dpo:dpo", "beta": 0.3})
+    check(run, found.registry)
+    assert describe(run, found.registry).startswith("dpo (prefopt-dpo 0.1.0)")
+    data = resolved(run)
+    assert data["algorithm"] == {"name": "prefopt-dpo:dpo", "beta": 0.3, "label_smoothing": 0.0}
+    assert run_from(Document(data), found.find) == run
+    other = config(found, tiny_model, tmp_path, algorithm={"name": "other-plugin:dpo"})
+    assert type(other.algorithm) is Other
+    assert describe(other, found.registry).startswith("dpo (Other_Plugin 2.0)")
+    made = schema([entry.cls for entry in found.registry.all()], field_docs)
+    jsonschema.Draft202012Validator(made).validate(resolved(other))
 
 
 class Sampling(Algorithm):

@@ -303,6 +303,19 @@ def test_a_request_to_stop_saves_the_state_and_says_how_to_go_on(tiny_model, tmp
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
+class Namesake(Choosy):
+    name = "sft"
+
+
+def test_a_qualified_name_trains_and_is_kept_for_later(tiny_model, tmp_path):
+    plugins = load()
+    plugins.registry.add(Namesake, "other", "1")
+    sections = {"algorithm": {"name": "prefopt:sft"}, "run": {"steps": 1}}
+    result = train(tiny_config(tiny_model, tmp_path / "run", sections, plugins), plugins)
+    assert json.loads((result.folder / "run.json").read_text())["algorithm"]["distribution"] == "prefopt"
+    assert load_run(result.folder / "config.yaml", plugins.find).algorithm.name == "sft"
+
+
 def test_a_failing_observer_does_not_stop_a_run(tiny_model, tmp_path):
     plugins = load()
     plugins.manager.unregister(name="prefopt:progress")

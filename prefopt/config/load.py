@@ -4,6 +4,7 @@ argument."""
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -220,7 +221,8 @@ def schema(components: Sequence[type[Component]], describe: Callable[[type[Any]]
         own = cls.model_json_schema()
         definitions.update(own.pop("$defs", {}))
         _describe(own, cls, describe)
-        own["properties"] = {cls.key: {"const": cls.name, "description": cls.summary()}, **own.get("properties", {})}
+        name = {"anyOf": [{"const": cls.name}, {"pattern": f"^[\\w.-]+:{re.escape(cls.name)}$"}]}
+        own["properties"] = {cls.key: {**name, "description": cls.summary()}, **own.get("properties", {})}
         own["required"] = [cls.key, *own.get("required", [])]
         definitions[_definition(cls)] = own
     _merge_data_sources(definitions, [cls for cls in components if issubclass(cls, DataSource)])
@@ -255,6 +257,6 @@ def _filled(node: Any, components: Sequence[type[Component]]) -> Any:
         return node
     if "x-component" in node:
         rest = {k: v for k, v in node.items() if k not in ("x-component", "title")}
-        refs = [{"$ref": f"#/$defs/{_definition(c)}"} for c in components if c.kind == node["x-component"]]
-        return {**rest, "oneOf": refs}
+        names = dict.fromkeys(_definition(c) for c in components if c.kind == node["x-component"])
+        return {**rest, "oneOf": [{"$ref": f"#/$defs/{name}"} for name in names]}
     return {key: _filled(value, components) for key, value in node.items()}
