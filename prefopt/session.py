@@ -214,7 +214,7 @@ class Session:
             return lambda step, rows: Measured(rows, self.services, renderer, scorer=scorer)
         sampler = self.config.sampler or default_sampler(self.plugins)
         policy = Model(loop.scorer.network, self.tokenizer, self.ranks.device)
-        other = open_model(self._initial_path(), self.ranks.device)
+        other = open_model(self.model.model_copy(update={"path": self._initial_path()}), self.ranks.device)
 
         def subject(step: int, rows: List[Row]) -> Measured:
             prompts = adapt(rows, Prompt)

@@ -33,11 +33,11 @@ class EngineServices:
         return generator(self.seed, "component", *purpose)
 
     def scorer(self, path: str) -> RewardModel:
-        """Raises `ConfigError` when there is no model at `path`."""
+        """Raises `ConfigError` when there is no reward model at `path`."""
         if find_model(path) is None:
             raise ConfigError(f"there is no reward model at `{path}`")
         tokenizer = load_tokenizer(path)
-        network = load_classifier(ModelConfig(path=path), tokenizer, seed=0)
+        network = load_classifier(ModelConfig(path=path), tokenizer, seed=None)
         return RewardModel(Module(network).to(self.device), Renderer(tokenizer), self.device)
 
 
