@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as List
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     GetCoreSchemaHandler,
@@ -34,6 +36,15 @@ from prefopt.rows import Comparison, Completion, Rollout, Row, Sequence, Text
 if TYPE_CHECKING:
     import numpy as np
     import torch
+
+
+def expanded(path: str) -> str:
+    """`path` with `~` replaced by the home folder."""
+    return os.path.expanduser(path)
+
+
+UserPath = Annotated[str, AfterValidator(expanded)]
+"""A path as a user writes it. It is stored without `~`, and a run folder keeps it as an absolute path."""
 
 
 def _resolve(cls: type[Component], value: Any, info: ValidationInfo) -> Component:

@@ -72,7 +72,7 @@ def _check_model(path: str, where: str, registry: Registry) -> None:
     if path.startswith(WORLD):
         registry.find("world", path.removeprefix(WORLD))
         return
-    folder = Path(path).expanduser()
+    folder = Path(path)
     if not folder.exists():
         if HUB_NAME.fullmatch(path) and not folder.parent.exists():
             return

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from prefopt.components import Sampler
-from prefopt.config import ModelConfig, RunConfig, dump, resolved
+from prefopt.config import ModelConfig, RunConfig, anchored, dump, resolved
 from prefopt.data.adapt import adapt
 from prefopt.data.render import Renderer, load_tokenizer
 from prefopt.data.streams import derive
@@ -39,7 +39,7 @@ from prefopt.engine.record import TIMINGS, Recorder, numbers
 from prefopt.engine.reference import Cached, Moving, Reference, Resident
 from prefopt.engine.rollout import draw
 from prefopt.engine.services import EngineServices, RewardModel
-from prefopt.errors import ConfigError, DataError, Preempted, redact
+from prefopt.errors import ConfigError, DataError, Preempted, Problem, redact
 from prefopt.hookspecs import RunInfo
 from prefopt.plugins import Plugins
 from prefopt.preflight import check, world_recipe
@@ -62,6 +62,7 @@ class Result:
 def train(config: RunConfig, plugins: Plugins, *, resume: bool = False, warn: Callable[[str], None] = print) -> Result:
     """Runs a configuration to its end. Raises `PrefoptError` for whatever the user can mend; nothing saved is lost."""
     check(config, plugins.registry)
+    config = anchored(config)
     ranks = Ranks(config.run.device, config.run.threads)
     folder = RunFolder(Path(config.run.dir))
     if ranks.main and not resume:
@@ -318,7 +319,7 @@ class Session:
                 _, best = checkpoints.load(self.folder.checkpoints / checkpoints.folder_name(progress.best_step))
                 state = best.tensors["model"]
             save(loop.scorer, self.tokenizer, self.folder.model, state)
-            text = card(self.config, json.loads(self.folder.info.read_text("utf-8")), facts, self.recorder.last())
+            text = card(self.config, self.folder, facts, self.recorder.last())
             write_text(self.folder.model / "README.md", text)
             self.folder.write(self.folder.result, facts)
         self.ranks.wait()
@@ -326,7 +327,10 @@ class Session:
 
     def _describe(self) -> None:
         """`config.yaml` and `run.json`: what was asked for, and with which versions and data."""
-        if not self.ranks.main or self.folder.info.exists():
+        if not self.ranks.main:
+            return
+        if self.folder.info.exists():
+            compare(json.loads(self.folder.info.read_text("utf-8")), describe(self.config, self.plugins), self.warn)
             return
         write_text(self.folder.config, dump(redact(resolved(self.config))))
         self.folder.write(self.folder.info, describe(self.config, self.plugins))
@@ -341,6 +345,22 @@ def describe(config: RunConfig, plugins: Plugins) -> dict[str, Any]:
         "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
         "data": {name: checkpoints.digest(Path(name)) for name in config.data.source.files},
     }
+
+
+def compare(before: Mapping[str, Any], now: Mapping[str, Any], warn: Callable[[str], None]) -> None:
+    """What a run began with, and what it finds when it is resumed. Raises `DataError` for data that changed; code that
+    changed is worth a warning."""
+    old, new = before.get("data", {}), redact(now["data"])
+    fix = "Put back the file the run began with, or begin another run."
+    changed = [Problem("the file changed since the run began", name, fix) for name in new if new[name] != old.get(name)]
+    if changed:
+        raise DataError(*changed)
+    owner = now["algorithm"]["distribution"]
+    versions = [(name, before.get("versions", {}).get(name), number) for name, number in now["versions"].items()]
+    versions.append((owner, before.get("algorithm", {}).get("version"), now["algorithm"]["version"]))
+    for name, then, number in versions:
+        if then != number:
+            warn(f"the run began with {name} {then} and goes on with {number}: its numbers may differ")
 
 
 def default_sampler(plugins: Plugins) -> Sampler:

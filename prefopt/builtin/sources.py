@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence as List
 from pathlib import Path
 
-from prefopt.api import DataSource, Row, Services
+from prefopt.api import DataSource, Row, Services, UserPath
 from prefopt.data.formats import to_rows
 from prefopt.data.read import read_jsonl
 
@@ -17,14 +17,14 @@ class Jsonl(DataSource):
 
     name = "jsonl"
 
-    path: str
+    path: UserPath
     """The file, ending in `.jsonl` or `.jsonl.gz`."""
 
     def open(self, services: Services) -> List[Row]:
-        return to_rows(read_jsonl(Path(self.path).expanduser()))
+        return to_rows(read_jsonl(Path(self.path)))
 
     def peek(self, services: Services) -> List[Row]:
-        return to_rows(read_jsonl(Path(self.path).expanduser(), limit=PEEK))
+        return to_rows(read_jsonl(Path(self.path), limit=PEEK))
 
     @property
     def files(self) -> tuple[str, ...]:

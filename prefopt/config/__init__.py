@@ -3,6 +3,7 @@
 from prefopt.config.load import (
     allowed_in,
     allowed_plugins,
+    anchored,
     load_run,
     load_suite,
     read_document,
@@ -37,6 +38,7 @@ __all__ = [
     "SuiteConfig",
     "allowed_in",
     "allowed_plugins",
+    "anchored",
     "dump",
     "load_run",
     "load_suite",

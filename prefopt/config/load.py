@@ -4,18 +4,21 @@ argument."""
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
+from itertools import chain
 from pathlib import Path
 from typing import Any, Final, TypeVar, get_args
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
-from prefopt.components import Component, DataSource
+from prefopt.components import Component, DataSource, UserPath
 from prefopt.config.models import DataConfig, RunConfig, Section, SuiteConfig
 from prefopt.config.yaml import Document, Keys, apply_overrides, read
 from prefopt.errors import REDACTED, ConfigError, PrefoptError, Problem, did_you_mean, redact
@@ -23,6 +26,7 @@ from prefopt.errors import REDACTED, ConfigError, PrefoptError, Problem, did_you
 Find = Callable[[str, str], type[Component]]
 """(kind, name) to a component class; raises `PrefoptError` for a name it cannot resolve."""
 M = TypeVar("M", bound=Section)
+B = TypeVar("B", bound=BaseModel)
 
 ELSEWHERE: Final = {
     "learning_rate": "lr",
@@ -84,6 +88,28 @@ def resolved(config: Section) -> dict[str, Any]:
     secrets: what is written or shown goes through `redact` first."""
     data: dict[str, Any] = json.loads(json.dumps(config.model_dump(mode="json")))
     return data
+
+
+def anchored(section: B) -> B:
+    """The same settings with the path of every file or folder that exists made absolute, so that they hold in any
+    working directory."""
+    update = {name: _anchored(field, getattr(section, name)) for name, field in type(section).model_fields.items()}
+    return section.model_copy(update=update)
+
+
+def _anchored(field: FieldInfo, value: Any) -> Any:
+    if isinstance(value, BaseModel):
+        return anchored(value)
+    if isinstance(value, tuple):
+        return tuple(_anchored(field, item) for item in value)
+    if isinstance(value, str) and _holds_path(field) and os.path.exists(value):
+        return os.path.abspath(value)
+    return value
+
+
+def _holds_path(field: FieldInfo) -> bool:
+    inner = (getattr(part, "__metadata__", ()) for part in get_args(field.annotation))
+    return get_args(UserPath)[1] in (*field.metadata, *chain(*inner))
 
 
 def redacted_keys(data: Any, path: Keys = ()) -> Iterator[Keys]:

@@ -10,7 +10,7 @@ from typing import Any
 import jsonschema
 import pytest
 
-from prefopt.config import dump, load_run, redacted_keys, resolved, run_from, schema
+from prefopt.config import anchored, dump, load_run, redacted_keys, resolved, run_from, schema
 from prefopt.config.load import allowed_plugins
 from prefopt.config.yaml import Document, parse
 from prefopt.errors import ConfigError, PrefoptError, redact
@@ -114,6 +114,28 @@ def test_secrets_are_not_written_out(plugins):
     shown = redact(resolved(config))
     assert shown["model"]["path"] == "./[redacted]"
     assert list(redacted_keys(shown)) == [("model", "path")]
+
+
+def test_a_tilde_is_the_home_folder_everywhere(plugins, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    text = TEXT.replace("./models/base", "~/base").replace("pairs.jsonl.gz", "~/pairs.jsonl")
+    text = text.replace("runs/dpo", "~/runs/dpo") + "reference: {path: ~/other}\n"
+    text = text.replace("replies_gold", "reward_model, path: ~/reward")
+    config = run_from(parse(text, "f"), plugins.find)
+    paths = (config.model.path, config.data.source.path, config.run.dir, config.reference.path)
+    assert paths == ("/home/me/base", "/home/me/pairs.jsonl", "/home/me/runs/dpo", "/home/me/other")
+    assert config.eval.tasks[1].reward.path == "/home/me/reward"
+
+
+def test_what_exists_can_be_anchored(plugins, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "reward").mkdir()
+    (tmp_path / "pairs.jsonl.gz").touch()
+    text = TEXT.replace("replies_gold", "reward_model, path: reward") + "reference: {path: pairs.jsonl.gz}\n"
+    config = anchored(run_from(parse(text, "f"), plugins.find))
+    assert config.data.source.path == config.reference.path == str(tmp_path / "pairs.jsonl.gz")
+    assert config.eval.tasks[1].reward.path == str(tmp_path / "reward")
+    assert (config.model.path, config.run.dir) == ("./models/base", "runs/dpo")
 
 
 def test_what_is_run_again_is_not_redacted(plugins, monkeypatch):
