@@ -7,6 +7,7 @@ import pytest
 
 from prefopt.api import Algorithm, Comparison, Draw, Needs
 from prefopt.config import Document, resolved, run_from, schema
+from prefopt.config.yaml import parse
 from prefopt.errors import ConfigError, DataError, PluginError
 from prefopt.plugins import load
 from prefopt.preflight import check, describe
@@ -122,6 +123,47 @@ def test_a_name_that_two_plugins_offer_can_be_qualified(found, tiny_model, tmp_p
     jsonschema.Draft202012Validator(made).validate(resolved(other))
 
 
+def test_problems_have_their_place_in_the_document(found, tiny_model, tmp_path):
+    data = write_rows(tmp_path / "demos.jsonl", tiny_rows("demonstration"))
+    text = f"""
+prefopt: 1
+model: {{path: ./nothing}}
+data: {{source: jsonl, path: {data}}}
+algorithm: {{name: dpo}}
+run: {{dir: {tmp_path}/run}}
+"""
+    document = parse(text, "run.yaml")
+    with pytest.raises(ConfigError) as caught:
+        check(run_from(document, found.find), found.registry, where=document.where)
+    assert [(p.where, p.what) for p in caught.value.problems] == [
+        ("run.yaml:3:9", "`model.path`: there is no folder `./nothing`"),
+        ("run.yaml:4:1", "`data`: a demonstration cannot become a comparison"),
+    ]
+
+
+def test_a_missing_model_names_the_run_that_makes_it(found, tiny_model, tmp_path):
+    (tmp_path / "a.yaml").write_text("not: [")
+    (tmp_path / "sft.yaml").write_text(f"run: {{dir: {tmp_path}/runs/sft}}")
+    for name, fix in (("sft", f"`prefopt train {tmp_path}/sft.yaml` makes it."), ("ppo", "the model of the run in")):
+        run = config(found, tiny_model, tmp_path, model={"path": f"{tmp_path}/runs/{name}/model"})
+        with pytest.raises(ConfigError) as caught:
+            check(run, found.registry, beside=tmp_path)
+        assert fix in caught.value.problems[0].fix
+
+
+def test_a_world_is_no_reference(found, tiny_model, tmp_path):
+    run = config(found, tiny_model, tmp_path, algorithm={"name": "dpo"}, reference={"path": "world:replies"})
+    with pytest.raises(ConfigError, match="is built by the run that trains it"):
+        check(run, found.registry)
+
+
+class Greedy(Algorithm):
+    name, eats = "greedy", Comparison
+
+    def needs(self):
+        return Needs(during={"scores", "logps"})
+
+
 class Sampling(Algorithm):
     name, eats = "sampling", Comparison
 
@@ -137,7 +179,12 @@ class Failing(Algorithm):
 
 
 @pytest.mark.parametrize(
-    ("cls", "what"), [(Sampling, "samples while it trains"), (Failing, "Failing.needs\\(\\) failed")]
+    ("cls", "what"),
+    [
+        (Sampling, "samples while it trains"),
+        (Failing, "Failing.needs\\(\\) failed"),
+        (Greedy, "asks for scores and for logps"),
+    ],
 )
 def test_algorithms_the_engine_cannot_serve(found, tiny_model, tmp_path, cls, what):
     found.registry.add(cls, "test", "0")

@@ -14,10 +14,10 @@ from prefopt.preflight import check
 ANY_DIR = "run"
 
 
-def read_back(folder: Path, overrides: Sequence[str]) -> tuple[RunConfig, Plugins]:
-    """The run in a folder, checked, and the plugins it may use. `overrides` give back what was left out as secret.
+def read_back(folder: Path, overrides: Sequence[str]) -> tuple[RunConfig, Plugins, Document]:
+    """The run in a folder, checked, the plugins it may use, and the document it was read from.
 
-    Raises `ConfigError` for a folder without a run that can go on.
+    `overrides` give back what was left out as secret. Raises `ConfigError` for a folder without a run that can go on.
     """
     path = folder / "config.yaml"
     if not path.is_file():
@@ -31,8 +31,8 @@ def read_back(folder: Path, overrides: Sequence[str]) -> tuple[RunConfig, Plugin
     plugins = load(allowed_in(document))
     config = run_from(document, plugins.find)
     config = config.model_copy(update={"run": config.run.model_copy(update={"dir": str(folder)})})
-    check(config, plugins.registry)
-    return config, plugins
+    check(config, plugins.registry, where=document.where)
+    return config, plugins, document
 
 
 def _completed(document: Document, folder: Path, overrides: Sequence[str]) -> Document:

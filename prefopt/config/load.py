@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from itertools import chain
 from pathlib import Path
@@ -27,6 +27,7 @@ Find = Callable[[str, str], type[Component]]
 """(kind, name) to a component class; raises `PrefoptError` for a name it cannot resolve."""
 M = TypeVar("M", bound=Section)
 B = TypeVar("B", bound=BaseModel)
+E = TypeVar("E", bound=PrefoptError)
 
 ELSEWHERE: Final = {
     "learning_rate": "lr",
@@ -229,6 +230,29 @@ def _suggestion(key: str, path: Keys, model: type[BaseModel], written: _Written)
         return f"It is called `{ELSEWHERE[usual[0]]}` here."
     home = next((name for name, keys in written.homes().items() if key in keys and name not in path), None)
     return f"It belongs into `{home}`." if home else did_you_mean(key, known)
+
+
+def located(error: E, where: Callable[[Keys], str]) -> E:
+    """The same error, its dotted keys (`model.path`) replaced by their places in a document."""
+    PrefoptError.__init__(error, *(_located(problem, where) for problem in error.problems))
+    return error
+
+
+def _located(problem: Problem, where: Callable[[Keys], str]) -> Problem:
+    dotted, comma, rest = problem.where.partition(", ")
+    keys = tuple(dotted.split("."))
+    place = where(keys) if _is_key(keys) else ""
+    return replace(problem, what=f"`{dotted}`: {problem.what}", where=f"{place}{comma}{rest}") if place else problem
+
+
+def _is_key(keys: Sequence[str]) -> bool:
+    """Whether a run has this key; `data.jsonl` is a file."""
+    model: type[BaseModel] = RunConfig
+    for key in keys:
+        if key not in model.model_fields:
+            return False
+        model = next(iter(_models_in(model.model_fields[key].annotation)), BaseModel)
+    return True
 
 
 # --- schema ---------------------------------------------------------------------------------------------------------

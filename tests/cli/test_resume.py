@@ -43,7 +43,7 @@ def test_a_secret_that_was_not_written_is_asked_for(begun, tmp_path, tiny_model,
     assert problem.what == "`model.path` holds a secret, which is not written to a run folder"
     assert problem.where.startswith(f"{folder}/config.yaml:")
     assert problem.fix == f"Give it again: prefopt resume {folder} model.path=VALUE"
-    config, _ = read_back(folder, [f"model.path={secret}"])
+    config, *_ = read_back(folder, [f"model.path={secret}"])
     assert config.model.path == str(secret)
 
 
@@ -59,7 +59,7 @@ def test_a_run_is_resumed_from_any_folder_whatever_it_is_called(begun, tmp_path,
     (tmp_path / "elsewhere").mkdir()
     for place, name in ((tmp_path / "elsewhere", "../7"), (folder, "."), (tmp_path, "7")):
         monkeypatch.chdir(place)
-        config, _ = read_back(Path(name), [])
+        config, *_ = read_back(Path(name), [])
         assert (config.run.dir, config.data.source.path) == (name, str(tmp_path / "rows.jsonl"))
     monkeypatch.chdir(tmp_path / "elsewhere")
     result = CliRunner().invoke(app, ["resume", "../7"])
@@ -83,7 +83,7 @@ def test_data_that_changed_is_refused_and_other_versions_are_a_warning(begun, tm
     folder = begun(data={"source": "jsonl", "path": str(data)}, run={"steps": 1})
     info = {"data": {str(data): "0" * 64}, "versions": {"torch": "0.1"}, "algorithm": {"version": "0.1.0"}}
     (folder / "run.json").write_text(json.dumps(info))
-    config, plugins = read_back(folder, [])
+    config, plugins, _ = read_back(folder, [])
     with pytest.raises(DataError, match="the file changed since the run began") as caught:
         train(config, plugins, resume=True)
     assert caught.value.problems[0].where == str(data)

@@ -10,10 +10,10 @@ from typing import Any
 import jsonschema
 import pytest
 
-from prefopt.config import anchored, dump, load_run, redacted_keys, resolved, run_from, schema
+from prefopt.config import anchored, dump, load_run, located, redacted_keys, resolved, run_from, schema
 from prefopt.config.load import allowed_plugins
 from prefopt.config.yaml import Document, parse
-from prefopt.errors import ConfigError, PrefoptError, redact
+from prefopt.errors import ConfigError, DataError, PrefoptError, Problem, redact
 from prefopt.registry import field_docs
 
 TEXT = """\
@@ -136,6 +136,23 @@ def test_what_exists_can_be_anchored(plugins, tmp_path, monkeypatch):
     assert config.data.source.path == config.reference.path == str(tmp_path / "pairs.jsonl.gz")
     assert config.eval.tasks[1].reward.path == str(tmp_path / "reward")
     assert (config.model.path, config.run.dir) == ("./models/base", "runs/dpo")
+
+
+def test_problems_that_name_a_key_get_its_place():
+    document = parse(TEXT, "run.yaml")
+    named = [
+        Problem("bad", where, "fix") for where in ("model.path", "data, row 3", "reference.path", "data.jsonl:3", "")
+    ]
+    found = located(DataError(*named), document.where)
+    assert type(found) is DataError
+    assert [(p.where, p.what, p.fix) for p in found.problems] == [
+        ("run.yaml:2:9", "`model.path`: bad", "fix"),
+        ("run.yaml:3:1, row 3", "`data`: bad", "fix"),
+        ("run.yaml:1:1", "`reference.path`: bad", "fix"),
+        ("data.jsonl:3", "bad", "fix"),
+        ("", "bad", "fix"),
+    ]
+    assert str(found).startswith("run.yaml:2:9: `model.path`: bad\n    fix\n")
 
 
 def test_what_is_run_again_is_not_redacted(plugins, monkeypatch):
