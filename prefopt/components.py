@@ -282,6 +282,10 @@ class LanguageModel(Protocol):
     def end_ids(self) -> frozenset[int]:
         """The tokens that end a completion."""
 
+    @property
+    def positions(self) -> int | None:
+        """The most tokens it can read, prompt and completion together; None when it sets no limit."""
+
     def decode(self, ids: List[int]) -> str:
         """The text of completion tokens, without special tokens."""
 

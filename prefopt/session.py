@@ -209,7 +209,7 @@ class Session:
 
     def _subject(self, loop: Loop) -> Callable[[int, List[Row]], Measured]:
         """Views of the model in training, beside the model it started from."""
-        renderer = Renderer(self.tokenizer)
+        renderer = Renderer(self.tokenizer, positions(loop.scorer.network.config))
         if self.config.algorithm.trains_reward:
             scorer = RewardModel(loop.scorer, renderer, self.ranks.device)
             return lambda step, rows: Measured(rows, self.services, renderer, scorer=scorer)

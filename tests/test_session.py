@@ -186,6 +186,24 @@ def test_sequences_longer_than_the_model_reads_are_refused(train_tiny, tmp_path)
         train_tiny(data=data)
 
 
+def test_a_length_the_model_cannot_read_is_refused(train_tiny, tmp_path):
+    data = {"source": "jsonl", "path": str(write_rows(tmp_path / "rows.jsonl", tiny_rows("demonstration", 8)))}
+    for sections in (
+        {"data": {**data, "max_length": 129}},
+        {"eval": {"every": 1, "data": {**data, "max_length": 129}}},
+    ):
+        with pytest.raises(ConfigError, match="129 tokens are more than the 128 the model can read") as caught:
+            train_tiny(next(iter(sections)), **sections)
+        assert caught.value.problems[0].where.endswith("data.max_length")
+
+
+def test_a_reward_model_says_what_it_cannot_read(train_tiny):
+    result = train_tiny(algorithm={"name": "reward_model"}, run={"steps": 1})
+    rollout = Rollout(prompt="9" * 100, completions=(Completion("9" * 40),))
+    with pytest.raises(DataError, match="141 tokens, more than the 128 the reward model can read"):
+        EngineServices(0).scorer(str(result.model))([rollout])
+
+
 def test_a_step_without_rows_changes_nothing_but_a_count(train_tiny, tmp_path):
     rows = [{**row, "preference": 0.5} for row in tiny_rows("comparison", 4)]
     data = {"source": "jsonl", "path": str(write_rows(tmp_path / "ties.jsonl", rows))}

@@ -9,7 +9,7 @@ from prefopt.config import DataConfig, RunConfig
 from prefopt.data.assemble import Assembler
 from prefopt.data.render import Renderer, Tokenizer
 from prefopt.data.streams import Order, split
-from prefopt.errors import DataError
+from prefopt.errors import ConfigError, DataError
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,9 @@ class Inputs:
 
     @classmethod
     def of(cls, config: RunConfig, tokenizer: Tokenizer, positions: int | None, services: Services) -> Inputs:
-        """Opens the data. `positions` is the most tokens the model can read. Raises `DataError` for unusable rows."""
+        """Opens the data. `positions` is the most tokens the model can read. Raises `DataError` for unusable rows,
+        `ConfigError` for a length the model cannot read."""
+        _refuse_longer(config, positions)
 
         def assembler(data: DataConfig) -> Assembler:
             renderer = Renderer(tokenizer, data.max_length or positions, data.overflow)
@@ -56,6 +58,14 @@ class Inputs:
         self.assembler.check(i for step in steps for i in self.order.step(step))
         if self.held_out is not None:
             self.held_out.assembler.check(self.held_out.index)
+
+
+def _refuse_longer(config: RunConfig, positions: int | None) -> None:
+    sections = {"data": config.data, "eval.data": config.eval.data if config.eval is not None else None}
+    for name, data in sections.items():
+        if positions is not None and data is not None and (data.max_length or 0) > positions:
+            what = f"{data.max_length} tokens are more than the {positions} the model can read"
+            raise ConfigError(what, where=f"{name}.max_length", fix="Lower it, or leave it out.")
 
 
 def _held_out(config: RunConfig, size: int) -> tuple[list[int], list[int]]:

@@ -53,6 +53,11 @@ class Model:
         listed = configured if isinstance(configured, list) else [configured]
         return frozenset(i for i in (*listed, self.tokenizer.eos_token_id) if i is not None)
 
+    @property
+    def positions(self) -> int | None:
+        """The most tokens the network can read."""
+        return positions(self.network.config)
+
     def decode(self, ids: Any) -> str:
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
@@ -155,7 +160,7 @@ def positions(config: Any) -> int | None:
 def reader(model: ModelConfig, recipe: Recipe | None) -> tuple[Tokenizer, int | None]:
     """The tokenizer of a model and the most tokens it can read, without its weights."""
     if recipe is not None:
-        return recipe_tokenizer(recipe), recipe.config.get("max_position_embeddings")
+        return recipe_tokenizer(recipe), positions(AutoConfig.for_model(**recipe.config))
     tokenizer = load_tokenizer(model.path, model.trust_remote_code)
     with _explained(model.path):
         config = AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)

@@ -14,9 +14,9 @@ from prefopt.data.render import Renderer, Tokens, find_model, load_tokenizer
 from prefopt.data.streams import generator
 from prefopt.engine.forward import Scorer as Module
 from prefopt.engine.forward import run
-from prefopt.engine.models import load_classifier
+from prefopt.engine.models import load_classifier, positions
 from prefopt.engine.plan import plan
-from prefopt.errors import ConfigError
+from prefopt.errors import ConfigError, DataError
 from prefopt.rows import Rollout
 
 TOKEN_BUDGET = 16_384
@@ -38,7 +38,7 @@ class EngineServices:
             raise ConfigError(f"there is no reward model at `{path}`")
         tokenizer = load_tokenizer(path)
         network = load_classifier(ModelConfig(path=path), tokenizer, seed=None)
-        return RewardModel(Module(network).to(self.device), Renderer(tokenizer), self.device)
+        return RewardModel(Module(network).to(self.device), Renderer(tokenizer, positions(network.config)), self.device)
 
 
 @dataclass
@@ -57,8 +57,14 @@ class RewardModel:
             for group in groups
             for completion in group.completions
         ]
+        self._refuse_longer(flat)
         scores = iter(self._scores(flat))
         return [[Score(next(scores)) for _ in group.completions] for group in groups]
+
+    def _refuse_longer(self, tokens: List[Tokens]) -> None:
+        limit, longest = self.renderer.max_length, max(map(len, tokens), default=0)
+        if limit is not None and longest > limit:
+            raise DataError(f"prompt and reply have {longest} tokens, more than the {limit} the reward model can read")
 
     @torch.no_grad()
     def _scores(self, tokens: List[Tokens]) -> list[float]:
