@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as List
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from prefopt.engine import checkpoint as checkpoints
 from prefopt.engine.card import card
 from prefopt.engine.columns import Forwarder, Meter
 from prefopt.engine.evaluate import Evaluator, judge
+from prefopt.engine.failures import explained
 from prefopt.engine.folder import RunFolder, write_text
 from prefopt.engine.forward import Scorer
 from prefopt.engine.inputs import HeldOut, Inputs
@@ -62,7 +63,11 @@ class Result:
 def train(config: RunConfig, plugins: Plugins, *, resume: bool = False, warn: Callable[[str], None] = print) -> Result:
     """Runs a configuration to its end. Raises `PrefoptError` for whatever the user can mend; nothing saved is lost."""
     check(config, plugins.registry)
-    config = anchored(config)
+    with explained(config.run.dir):
+        return _train(anchored(config), plugins, resume, warn)
+
+
+def _train(config: RunConfig, plugins: Plugins, resume: bool, warn: Callable[[str], None]) -> Result:
     ranks = Ranks(config.run.device, config.run.threads)
     folder = RunFolder(Path(config.run.dir))
     if ranks.main and not resume:
@@ -143,6 +148,8 @@ class Session:
         evaluator = self._evaluator(loop, inputs.held_out)
         if isinstance(reference, Cached):
             self._fill(reference, loop, evaluator)
+        if evaluator is not None:
+            evaluator.rehearse(loop)
         self._restore(loop)
         return loop, evaluator
 
@@ -238,7 +245,8 @@ class Session:
     def _keep_samples(self, step: int, rollouts: list[Rollout]) -> None:
         for group in rollouts:
             for completion in group.completions:
-                record = {"step": step, "row": group.index, "prompt": group.prompt, "completion": completion.text}
+                prompt = group.prompt if isinstance(group.prompt, str) else list(map(asdict, group.prompt))
+                record = {"step": step, "row": group.index, "prompt": prompt, "completion": completion.text}
                 self.recorder.line("samples.jsonl", {**record, "finished": completion.finished})
 
     # --- the run ----------------------------------------------------------------------------------------------------
@@ -372,7 +380,8 @@ def default_sampler(plugins: Plugins) -> Sampler:
 
 @contextmanager
 def _stop_requests() -> Iterator[list[int]]:
-    """Collects SIGTERM, SIGINT and SIGHUP: the run stops at the next step. A second SIGINT interrupts at once."""
+    """Collects SIGTERM, SIGINT and SIGHUP: the run stops at the next step. A second SIGINT interrupts at once. What is
+    ignored, as SIGHUP is under nohup, stays ignored."""
     received: list[int] = []
 
     def note(number: int, frame: Any) -> None:
@@ -384,7 +393,8 @@ def _stop_requests() -> Iterator[list[int]]:
         yield received
         return
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-    before = {number: signal.signal(number, note) for number in numbers}
+    heard = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, note) for number in heard}
     try:
         yield received
     finally:

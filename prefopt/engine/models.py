@@ -4,6 +4,7 @@ never runs unless the configuration says so, and weights are read from safetenso
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -174,15 +175,18 @@ def recipe_tokenizer(recipe: Recipe) -> Tokenizer:
 
 
 def build(recipe: Recipe, folder: Path, seed: int) -> None:
-    """Writes an untrained model, its weights drawn from `seed`, and its tokenizer to `folder`."""
+    """Writes an untrained model, its weights drawn from `seed`, and its tokenizer to `folder`: all of it or nothing."""
     tokenizer = recipe_tokenizer(recipe)
     ids = {f"{name}_id": getattr(tokenizer, f"{name}_id") for name in recipe.special_tokens}
     settings = {"bos_token_id": None, **recipe.config, "vocab_size": len(tokenizer), **ids}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive(seed, "base model"))
         network = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings))
-    network.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    network.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    partial.rename(folder)
 
 
 def save(scorer: Scorer, tokenizer: Tokenizer, folder: Path, state: Mapping[str, torch.Tensor] | None = None) -> None:

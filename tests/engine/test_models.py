@@ -86,6 +86,16 @@ def test_reading_settings_of_a_broken_model_is_an_error_with_a_place(copy):
     assert caught.value.problems[0].where == "model.path"
 
 
+def test_a_base_model_is_whole_or_not_there(tmp_path, monkeypatch):
+    monkeypatch.setattr(models.PreTrainedTokenizerFast, "save_pretrained", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        build_tiny(tmp_path / "base")
+    assert not (tmp_path / "base").exists()
+    monkeypatch.undo()
+    build_tiny(tmp_path / "base")
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
+
+
 def test_a_model_is_opened_with_its_settings(tiny_model):
     opened = open_model(ModelConfig(path=str(tiny_model), attention="eager"), torch.device("cpu"))
     assert opened.network.config._attn_implementation == "eager"
