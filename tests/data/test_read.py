@@ -49,3 +49,12 @@ def test_files_that_hold_nothing_readable(tmp_path, content):
     with pytest.raises(DataError) as caught:
         read_jsonl(path)
     assert caught.value.problems[0].where == str(path)
+
+
+def test_a_damaged_gzip_file_is_a_data_error(tmp_path):
+    whole = gzip.compress(b'{"prompt": "a"}\n' * 200)
+    path = tmp_path / "rows.jsonl.gz"
+    path.write_bytes(whole[:12] + bytes(x ^ 255 for x in whole[12:30]) + whole[30:])
+    with pytest.raises(DataError, match="cannot read the file") as caught:
+        read_jsonl(path)
+    assert caught.value.problems[0].where == str(path)
