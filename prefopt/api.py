@@ -22,6 +22,7 @@ from prefopt.components import (
     Services,
     Subject,
     Task,
+    UserPath,
     Verdict,
     World,
 )
@@ -98,6 +99,7 @@ __all__ = [
     "Subject",
     "Task",
     "Text",
+    "UserPath",
     "Verdict",
     "World",
     "hookimpl",

@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as List
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     GetCoreSchemaHandler,
     GetJsonSchemaHandler,
+    PrivateAttr,
     SerializerFunctionWrapHandler,
     ValidationError,
     ValidationInfo,
@@ -33,6 +36,15 @@ from prefopt.rows import Comparison, Completion, Rollout, Row, Sequence, Text
 if TYPE_CHECKING:
     import numpy as np
     import torch
+
+
+def expanded(path: str) -> str:
+    """`path` with `~` replaced by the home folder."""
+    return os.path.expanduser(path)
+
+
+UserPath = Annotated[str, AfterValidator(expanded)]
+"""A path as a user writes it. It is stored without `~`, and a run folder keeps it as an absolute path."""
 
 
 def _resolve(cls: type[Component], value: Any, info: ValidationInfo) -> Component:
@@ -55,6 +67,8 @@ def _resolve(cls: type[Component], value: Any, info: ValidationInfo) -> Componen
         component: Component = found.model_validate_json(json.dumps(settings), strict=True, context=info.context)
     except ValidationError as error:
         raise PydanticCustomError("component", "invalid", {"errors": error.errors(), "cls": found}) from None
+    if ":" in value[cls.key]:
+        component._written = value[cls.key]
     return component
 
 
@@ -71,6 +85,8 @@ class Component(BaseModel):
     """The configuration key that holds the component's name."""
     name: ClassVar[str] = ""
     paper: ClassVar[str] = ""
+    _written: str = PrivateAttr("")
+    """`distribution:name`, where the configuration says which of two plugins it means."""
 
     @classmethod
     def summary(cls) -> str:
@@ -79,12 +95,12 @@ class Component(BaseModel):
 
     @model_serializer(mode="wrap")
     def _with_name(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return {self.key: self.name, **handler(self)}
+        return {self.key: self._written or self.name, **handler(self)}
 
     @model_validator(mode="before")
     @classmethod
     def _without_name(cls, value: Any) -> Any:
-        if cls.name and isinstance(value, Mapping) and value.get(cls.key) == cls.name:
+        if cls.name and isinstance(value, Mapping) and str(value.get(cls.key)).rpartition(":")[2] == cls.name:
             return {k: v for k, v in value.items() if k != cls.key}
         return value
 
@@ -266,6 +282,10 @@ class LanguageModel(Protocol):
     @property
     def end_ids(self) -> frozenset[int]:
         """The tokens that end a completion."""
+
+    @property
+    def positions(self) -> int | None:
+        """The most tokens it can read, prompt and completion together; None when it sets no limit."""
 
     def decode(self, ids: List[int]) -> str:
         """The text of completion tokens, without special tokens."""

@@ -111,20 +111,27 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f"Known: {', '.join(names)}." if names else "None is known here."
 
 
-_SECRET_NAME: Final = re.compile(r"(token|secret|passw|api_?key|credential|private_?key)", re.IGNORECASE)
+_SECRET_KEY: Final = re.compile(
+    r"(?:.*[_.-])?(?:(?:hf|auth|access|refresh|bearer|api|id|secret)_?token|api_?key|(?:access|private|secret)_?key"
+    r"|secret|pass(?:word|wd|phrase)|credentials?)|token",
+    re.IGNORECASE,
+)
+"""Keys that name a secret, as a whole or by their last words: `stop_token` and `token_budget` do not."""
+_SECRET_VARIABLE: Final = re.compile(r"token(?!iz)|secret|passw|api_?key|credential|private_?key", re.IGNORECASE)
+_NAMES_A_FILE: Final = re.compile(r"_(file|path|dir)$", re.IGNORECASE)
 _SECRET_TEXT: Final = re.compile(r"\b(?:hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,}|gh[pousr]_[A-Za-z0-9]{20,})\b")
-_REDACTED: Final = "[redacted]"
-_COUNTS_TOKENS: Final = re.compile(r"tokens\b|token_(?:budget|count|id)", re.IGNORECASE)
+REDACTED: Final = "[redacted]"
 
 
 def _secret_values() -> list[str]:
-    return [v for k, v in os.environ.items() if _SECRET_NAME.search(k) and len(v) >= 8]
+    named = (v for k, v in os.environ.items() if _SECRET_VARIABLE.search(k) and not _NAMES_A_FILE.search(k))
+    return [value for value in named if len(value) >= 8]
 
 
 def redact(value: Any) -> Any:
     """`value` (text, or anything JSON can hold) without secrets: known patterns, values of secret environment
     variables, and text under keys that name a secret. Everything written to a run folder or a report passes through
-    here.
+    here; nothing that is run does.
 
     >>> redact({"api_key": "abc", "max_new_tokens": 3, "note": "hf_abcdefghijklmnopqrst"})
     {'api_key': '[redacted]', 'max_new_tokens': 3, 'note': '[redacted]'}
@@ -133,15 +140,15 @@ def redact(value: Any) -> Any:
     """
     if isinstance(value, str):
         for secret in _secret_values():
-            value = value.replace(secret, _REDACTED)
-        return _SECRET_TEXT.sub(_REDACTED, value)
+            value = value.replace(secret, REDACTED)
+        return _SECRET_TEXT.sub(REDACTED, value)
     if isinstance(value, Mapping):
-        return {redact(k): _REDACTED if _is_secret(k, v) else redact(v) for k, v in value.items()}
+        return {redact(k): REDACTED if _is_secret(k, v) else redact(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
         return type(value)(map(redact, value))
     return value
 
 
 def _is_secret(key: Any, value: Any) -> bool:
-    named = isinstance(key, str) and _SECRET_NAME.search(key) and not _COUNTS_TOKENS.search(key)
-    return bool(named) and isinstance(value, str) and not value.startswith("env:")
+    named = isinstance(key, str) and _SECRET_KEY.fullmatch(key) is not None
+    return named and isinstance(value, str) and not value.startswith("env:")

@@ -25,7 +25,7 @@ from prefopt.components import (
     Task,
     World,
 )
-from prefopt.registry import BrokenPlugin, Registry
+from prefopt.registry import BrokenPlugin, Registry, normalised
 
 GROUP = "prefopt"
 CORE = "prefopt"
@@ -69,11 +69,11 @@ def allowed_from_environment() -> Collection[str] | None:
 
 def load(allow: Collection[str] | None = None) -> Plugins:
     """Every allowed plugin in this environment. Never raises for a plugin's fault: see `Registry.broken`."""
-    limits = [set(limit) for limit in (allow, allowed_from_environment()) if limit is not None]
+    limits = [set(map(normalised, limit)) for limit in (allow, allowed_from_environment()) if limit is not None]
     plugins = Plugins(Registry(), _new_manager())
     for entry in sorted(entry_points(group=GROUP), key=_load_order):
         name, version = _owner(entry)
-        if name != CORE and any(name not in limit for limit in limits):
+        if name != CORE and any(normalised(name) not in limit for limit in limits):
             plugins.registry.hidden.append(name)
             continue
         try:
@@ -102,15 +102,18 @@ def _owner(entry: EntryPoint) -> tuple[str, str]:
 def _load_one(entry: EntryPoint, name: str, version: str, plugins: Plugins) -> None:
     """Imports, checks and registers one plugin; nothing of it stays behind when a check fails."""
     module = entry.load()
+    known = plugins.manager.get_name(module)
+    if known is not None:
+        raise ValueError(f"`{entry.value}` is loaded already, as `{known}`")
     trial = _new_manager()
     trial.register(module, entry.name)
     trial.check_pending()  # a misspelt hook is an error, not silence
     if not trial.get_hookcallers(module):
         raise TypeError(f"`{entry.value}` implements no hook: did you forget @hookimpl?")
     classes = [_checked(cls, hook, kind) for hook, kind in HOOKS.items() for cls in _contributed(trial, hook)]
+    plugins.manager.register(module, f"{name}:{entry.name}")
     for cls in classes:
         plugins.registry.add(cls, name, version)
-    plugins.manager.register(module, f"{name}:{entry.name}")
 
 
 def _contributed(manager: pluggy.PluginManager, hook: str) -> list[Any]:

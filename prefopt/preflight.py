@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prefopt.batch import Needs
-from prefopt.components import Algorithm, Component, Recipe, Scorer, World
-from prefopt.config import DataConfig, RunConfig
+from prefopt.components import Algorithm, Component, Recipe, Scorer, World, expanded
+from prefopt.config import DataConfig, RunConfig, located, read_document
 from prefopt.config.models import MixConfig, RowsConfig
+from prefopt.config.yaml import Keys
 from prefopt.data.adapt import adapt
 from prefopt.data.check import Policy, screened
 from prefopt.data.source import verdict
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 WORLD = "world:"
+MOST_SIBLINGS = 50
 
 
 @dataclass(frozen=True)
@@ -41,47 +44,62 @@ class _Light:
         raise ConfigError(f"the reward model at `{path}` is not loaded while a configuration is checked")
 
 
-def check(config: RunConfig, registry: Registry, promised: Collection[str] = ()) -> None:
+def check(
+    config: RunConfig,
+    registry: Registry,
+    promised: Collection[str] = (),
+    where: Callable[[Keys], str] | None = None,
+    beside: Path | None = None,
+) -> None:
     """Raises everything that is wrong with a run and can be seen without a model: one error, of the gravest kind.
 
-    `promised` are model folders that will exist when the run starts.
+    `promised` are model folders that will exist when the run starts; `where` gives the place of a key in the document
+    the run was read from, `beside` the folder with other runs, one of which may make a model that is missing.
     """
-    errors = list(_errors(config, registry, promised))
+    errors = list(_errors(config, registry, promised, beside))
     if errors:
         gravest = min(errors, key=lambda error: error.exit_code)
-        raise type(gravest)(*(problem for error in errors for problem in error.problems))
+        PrefoptError.__init__(gravest, *(problem for error in errors for problem in error.problems))
+        raise gravest if where is None else located(gravest, where)
 
 
-def _errors(config: RunConfig, registry: Registry, promised: Collection[str]) -> Iterator[PrefoptError]:
+def _errors(
+    config: RunConfig, registry: Registry, promised: Collection[str], beside: Path | None
+) -> Iterator[PrefoptError]:
     paths = {"model.path": config.model.path, "reference.path": config.reference.path if config.reference else None}
     for where, path in paths.items():
         if path is not None and path not in promised:
-            yield from _caught(partial(_check_model, path, where, registry))
+            yield from _caught(partial(_check_model, path, where, registry, beside))
     yield from _caught(partial(_check_algorithm, config))
-    yield from _caught(partial(_check_data, config.data, "data", config))
+    yield from _caught(partial(_check_data, config.data, "data", config), "data")
     if config.eval is not None and config.eval.data is not None:
-        yield from _caught(partial(_check_data, config.eval.data, "eval.data", config))
+        yield from _caught(partial(_check_data, config.eval.data, "eval.data", config), "eval.data")
     if config.data.mix is not None:
-        yield from _caught(partial(_check_mix, config.data.mix, config))
+        yield from _caught(partial(_check_mix, config.data.mix, config), "data.mix")
 
 
-def _caught(check: Callable[[], None]) -> Iterator[PrefoptError]:
+def _caught(check: Callable[[], None], where: str = "") -> Iterator[PrefoptError]:
+    """The error of a check; problems that do not say where are those of the section `where`."""
     try:
         check()
     except PrefoptError as error:
+        PrefoptError.__init__(error, *(replace(p, where=p.where or where) for p in error.problems))
         yield error
 
 
-def _check_model(path: str, where: str, registry: Registry) -> None:
+def _check_model(path: str, where: str, registry: Registry, beside: Path | None) -> None:
     """A local model must have a configuration and safetensors; a hub name cannot be checked without the network."""
+    if path.startswith(WORLD) and where == "reference.path":
+        fix = "Leave it out when the reference is the model as it starts; otherwise name a model folder."
+        raise ConfigError(f"`{path}` is built by the run that trains it", where=where, fix=fix)
     if path.startswith(WORLD):
         registry.find("world", path.removeprefix(WORLD))
         return
-    folder = Path(path).expanduser()
+    folder = Path(path)
     if not folder.exists():
         if HUB_NAME.fullmatch(path) and not folder.parent.exists():
             return
-        raise ConfigError(f"there is no folder `{path}`", where=where, fix="Train or download the model first.")
+        raise ConfigError(f"there is no folder `{path}`", where=where, fix=_maker(folder, beside))
     if not (folder / "config.json").is_file():
         raise ConfigError(f"`{path}` has no config.json", where=where, fix="Name a Hugging Face model folder.")
     if not list(folder.glob("*.safetensors")):
@@ -90,8 +108,26 @@ def _check_model(path: str, where: str, registry: Registry) -> None:
         raise ConfigError(f"`{path}` has no safetensors weights", where=where, fix=fix)
 
 
+def _maker(model: Path, beside: Path | None) -> str:
+    """What to do for a model that is not there: a run's model is made by the run, whose configuration may be near."""
+    if model.name != "model":
+        return "Train or download the model first. A run writes its model to RUN_DIR/model."
+    for path in sorted(beside.glob("*.yaml"))[:MOST_SIBLINGS] if beside is not None else ():
+        with suppress(PrefoptError):
+            made = read_document(path).at("run", "dir").data
+            if isinstance(made, str) and Path(expanded(made)) == model.parent:
+                return f"`prefopt train {path}` makes it."
+    return f"Train it first: it is the model of the run in `{model.parent}`."
+
+
 def _check_algorithm(config: RunConfig) -> None:
     needs = _needs(config.algorithm)
+    if "scores" in needs.during and needs.during != {"scores"}:
+        others = ", ".join(sorted(needs.during - {"scores"}))
+        raise PluginError(
+            f"algorithm `{config.algorithm.name}` asks for scores and for {others}: one model gives scores alone",
+            where="algorithm",
+        )
     if needs.draws:
         raise PluginError(
             f"algorithm `{config.algorithm.name}` samples while it trains; this version trains from data only",
@@ -152,7 +188,7 @@ def world_recipe(path: str, find: Callable[[str, str], type[Component]]) -> Reci
 
 def describe(config: RunConfig, registry: Registry) -> str:
     """One line that says what a valid configuration will do."""
-    entry = registry.find("algorithm", config.algorithm.name)
+    entry = registry.owner(type(config.algorithm))
     needs = config.algorithm.needs()
     parts = [f"{config.algorithm.name} ({entry.distribution} {entry.version})"]
     parts.append(f"on {config.algorithm.eats.kind} rows from {config.data.source.name}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import re
 import textwrap
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -13,6 +14,11 @@ from typing import Any
 
 from prefopt.components import KINDS, Component
 from prefopt.errors import ConfigError, PluginError, did_you_mean
+
+
+def normalised(distribution: str) -> str:
+    """The name of a distribution as installers compare it (PEP 503)."""
+    return re.sub(r"[-_.]+", "-", distribution).lower()
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,13 +78,18 @@ class Registry:
         claim it.
         """
         owner, _, plain = name.rpartition(":")
-        found = [e for e in self.entries.get((kind, plain), []) if owner in ("", e.distribution)]
+        wanted = normalised(owner)
+        found = [e for e in self.entries.get((kind, plain), []) if wanted in ("", normalised(e.distribution))]
         if len(found) == 1:
             return found[0]
         if found:
             claims = ", ".join(f"`{e.distribution}:{plain}`" for e in found)
             raise PluginError(f"two plugins offer {kind} `{plain}`", fix=f"Choose one: {claims}.")
         raise self._unknown(kind, plain, owner)
+
+    def owner(self, cls: type[Component]) -> Entry:
+        """The entry of a class that was found here, whoever else offers its name."""
+        return next(e for e in self.entries[cls.kind, cls.name] if e.cls is cls)
 
     def _unknown(self, kind: str, name: str, owner: str) -> ConfigError | PluginError:
         suspects = [b for b in self.broken if _may_offer(b, owner or name)]

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as List
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from shutil import rmtree
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from prefopt.components import Sampler
-from prefopt.config import ModelConfig, RunConfig, dump, resolved
+from prefopt.config import ModelConfig, RunConfig, anchored, dump, resolved
 from prefopt.data.adapt import adapt
 from prefopt.data.check import write_rejects
 from prefopt.data.render import Renderer, load_tokenizer
@@ -28,6 +28,7 @@ from prefopt.engine import checkpoint as checkpoints
 from prefopt.engine.card import card
 from prefopt.engine.columns import Forwarder, Meter, asked
 from prefopt.engine.evaluate import Evaluator, judge
+from prefopt.engine.failures import explained
 from prefopt.engine.folder import RunFolder, write_text
 from prefopt.engine.forward import Scorer
 from prefopt.engine.inputs import HeldOut, Inputs
@@ -43,7 +44,7 @@ from prefopt.engine.reference import Cached, Moving, Reference, Resident
 from prefopt.engine.rollout import draw
 from prefopt.engine.services import EngineServices, RewardModel
 from prefopt.engine.store import Store
-from prefopt.errors import ConfigError, DataError, Preempted
+from prefopt.errors import ConfigError, DataError, Preempted, Problem, redact
 from prefopt.hookspecs import RunInfo
 from prefopt.plugins import Plugins
 from prefopt.preflight import check, world_recipe
@@ -68,6 +69,11 @@ class Result:
 def train(config: RunConfig, plugins: Plugins, *, resume: bool = False, warn: Callable[[str], None] = print) -> Result:
     """Runs a configuration to its end. Raises `PrefoptError` for whatever the user can mend; nothing saved is lost."""
     check(config, plugins.registry)
+    with explained(config.run.dir):
+        return _train(anchored(config), plugins, resume, warn)
+
+
+def _train(config: RunConfig, plugins: Plugins, resume: bool, warn: Callable[[str], None]) -> Result:
     ranks = Ranks(config.run.device, config.run.threads)
     folder = RunFolder(Path(config.run.dir))
     if ranks.main and not resume:
@@ -154,6 +160,8 @@ class Session:
         evaluator = self._evaluator(loop, inputs.held_out)
         if isinstance(reference, Cached):
             self._fill(reference, loop, evaluator)
+        if evaluator is not None:
+            evaluator.rehearse(loop)
         self._restore(loop)
         return loop, evaluator
 
@@ -236,13 +244,13 @@ class Session:
 
     def _subject(self, loop: Loop) -> Callable[[int, List[Row]], Measured]:
         """Views of the model in training, beside the model it started from."""
-        renderer = Renderer(self.tokenizer)
+        renderer = Renderer(self.tokenizer, positions(loop.scorer.network.config))
         if self.config.algorithm.trains_reward:
             scorer = RewardModel(loop.scorer, renderer, self.ranks.device)
             return lambda step, rows: Measured(rows, self.services, renderer, scorer=scorer)
         sampler = self.config.sampler or default_sampler(self.plugins)
         policy = Model(loop.scorer.network, self.tokenizer, self.ranks.device)
-        other = open_model(self._initial_path(), self.ranks.device)
+        other = open_model(self.model.model_copy(update={"path": self._initial_path()}), self.ranks.device)
 
         def subject(step: int, rows: List[Row]) -> Measured:
             prompts = adapt(rows, Prompt)
@@ -266,7 +274,8 @@ class Session:
     def _keep_samples(self, step: int, rollouts: list[Rollout]) -> None:
         for group in rollouts:
             for completion in group.completions:
-                record = {"step": step, "row": group.index, "prompt": group.prompt, "completion": completion.text}
+                prompt = group.prompt if isinstance(group.prompt, str) else list(map(asdict, group.prompt))
+                record = {"step": step, "row": group.index, "prompt": prompt, "completion": completion.text}
                 self.recorder.line("samples.jsonl", {**record, "finished": completion.finished})
 
     # --- the run ----------------------------------------------------------------------------------------------------
@@ -347,7 +356,7 @@ class Session:
                 _, best = checkpoints.load(self.folder.checkpoints / checkpoints.folder_name(progress.best_step))
                 state = best.tensors["model"]
             save(loop.scorer, self.tokenizer, self.folder.model, state)
-            text = card(self.config, json.loads(self.folder.info.read_text("utf-8")), facts, self.recorder.last())
+            text = card(self.config, self.folder, facts, self.recorder.last())
             write_text(self.folder.model / "README.md", text)
             self.folder.write(self.folder.result, facts)
             rmtree(self.folder.kept, ignore_errors=True)
@@ -356,15 +365,18 @@ class Session:
 
     def _describe(self) -> None:
         """`config.yaml` and `run.json`: what was asked for, and with which versions and data."""
-        if not self.ranks.main or self.folder.info.exists():
+        if not self.ranks.main:
             return
-        write_text(self.folder.config, dump(resolved(self.config)))
+        if self.folder.info.exists():
+            compare(json.loads(self.folder.info.read_text("utf-8")), describe(self.config, self.plugins), self.warn)
+            return
+        write_text(self.folder.config, dump(redact(resolved(self.config))))
         self.folder.write(self.folder.info, describe(self.config, self.plugins))
 
 
 def describe(config: RunConfig, plugins: Plugins) -> dict[str, Any]:
     """What a result depends on beside its configuration: versions of code, hashes of data."""
-    owner = plugins.registry.find(config.algorithm.kind, config.algorithm.name)
+    owner = plugins.registry.owner(type(config.algorithm))
     packages = ("prefopt", "torch", "transformers", "tokenizers", "accelerate", "numpy")
     return {
         "algorithm": {"name": config.algorithm.name, "distribution": owner.distribution, "version": owner.version},
@@ -377,16 +389,33 @@ def _unsaid(message: str) -> None:
     """Other ranks say what the main one says."""
 
 
+def compare(before: Mapping[str, Any], now: Mapping[str, Any], warn: Callable[[str], None]) -> None:
+    """What a run began with, and what it finds when it is resumed. Raises `DataError` for data that changed; code that
+    changed is worth a warning."""
+    old, new = before.get("data", {}), redact(now["data"])
+    fix = "Put back the file the run began with, or begin another run."
+    changed = [Problem("the file changed since the run began", name, fix) for name in new if new[name] != old.get(name)]
+    if changed:
+        raise DataError(*changed)
+    owner = now["algorithm"]["distribution"]
+    versions = [(name, before.get("versions", {}).get(name), number) for name, number in now["versions"].items()]
+    versions.append((owner, before.get("algorithm", {}).get("version"), now["algorithm"]["version"]))
+    for name, then, number in versions:
+        if then != number:
+            warn(f"the run began with {name} {then} and goes on with {number}: its numbers may differ")
+
+
 def default_sampler(plugins: Plugins) -> Sampler:
     """The sampler of a configuration that names none."""
-    sampler = plugins.find("sampler", "plain")()
+    sampler = plugins.find("sampler", "prefopt:plain")()
     assert isinstance(sampler, Sampler)
     return sampler
 
 
 @contextmanager
 def _stop_requests() -> Iterator[list[int]]:
-    """Collects SIGTERM, SIGINT and SIGHUP: the run stops at the next step. A second SIGINT interrupts at once."""
+    """Collects SIGTERM, SIGINT and SIGHUP: the run stops at the next step. A second SIGINT interrupts at once. What is
+    ignored, as SIGHUP is under nohup, stays ignored."""
     received: list[int] = []
 
     def note(number: int, frame: Any) -> None:
@@ -398,7 +427,8 @@ def _stop_requests() -> Iterator[list[int]]:
         yield received
         return
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-    before = {number: signal.signal(number, note) for number in numbers}
+    heard = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, note) for number in heard}
     try:
         yield received
     finally:

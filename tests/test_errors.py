@@ -58,6 +58,19 @@ def test_keys_that_name_secrets_are_redacted_and_counts_of_tokens_are_not():
     assert redact(kept) == kept
 
 
+def test_secret_keys_are_named_by_whole_words():
+    secret = ("token", "hf_token", "auth_token", "my_access_token", "openai_api_key", "db_password", "client_secret")
+    assert set(redact(dict.fromkeys(secret, "x")).values()) == {"[redacted]"}
+    plain = dict.fromkeys(("stop_token", "pad_token", "eos_token", "token_budget", "tokenizer", "secretary"), "###")
+    assert redact(plain) == plain
+
+
+def test_a_variable_that_names_a_file_or_a_tokenizer_is_no_secret(monkeypatch):
+    monkeypatch.setenv("MY_TOKEN_FILE", "/run/tokens/mine")
+    monkeypatch.setenv("TOKENIZERS_CACHE", "some/folder")
+    assert redact("/run/tokens/mine some/folder") == "/run/tokens/mine some/folder"
+
+
 def test_redaction_keeps_types():
     data = {"a": (1, 2.5, None, True), "b": ["x"]}
     assert redact(data) == data

@@ -76,6 +76,22 @@ def test_a_misspelt_hook_is_named(site, install_plugin):
     assert "prefopt_algoritms" in load().registry.broken[0].reason
 
 
+def test_two_entry_points_to_one_module_load_it_once(site, install_plugin):
+    install_plugin(site, "good", good("good"))
+    points = next(site.glob("*.dist-info")) / "entry_points.txt"
+    points.write_text(points.read_text() + "twice = made_good\n")
+    registry = load().registry
+    assert len(registry.entries["algorithm", "good"]) == 1
+    assert [b.reason for b in registry.broken] == ["ValueError: `made_good` is loaded already, as `made-good:good`"]
+
+
+def test_distributions_are_named_as_installers_compare_names(site, install_plugin, monkeypatch):
+    monkeypatch.setenv("PREFOPT_PLUGINS", "Prefopt_DPO")
+    found = load().registry
+    assert "dpo" in found.names("algorithm")
+    assert found.find("algorithm", "prefopt.dpo:dpo").distribution == "prefopt-dpo"
+
+
 def test_lists_of_allowed_plugins_limit_what_is_imported(site, install_plugin, monkeypatch):
     (site / "trace").write_text("")
     install_plugin(site, "spy", f"open({str(site / 'trace')!r}, 'a').write('x')\n" + good("spy"))

@@ -2,12 +2,16 @@ from __future__ import annotations
 
 import json
 
+import jsonschema
 import pytest
 
 from prefopt.api import Algorithm, Comparison, Draw, Needs
+from prefopt.config import Document, resolved, run_from, schema
+from prefopt.config.yaml import parse
 from prefopt.errors import ConfigError, DataError, PluginError
 from prefopt.plugins import load
 from prefopt.preflight import check, describe
+from prefopt.registry import field_docs
 from prefopt.testing.tiny import tiny_config, tiny_rows, write_rows
 
 
@@ -98,6 +102,68 @@ def test_everything_wrong_is_reported_at_once(found, tiny_model, tmp_path):
     assert len(caught.value.problems) == 3
 
 
+class Other(Algorithm):
+    name, eats = "dpo", Comparison
+
+    strength: float = 0.5
+
+
+def test_a_name_that_two_plugins_offer_can_be_qualified(found, tiny_model, tmp_path):
+    found.registry.add(Other, "Other_Plugin", "2.0")
+    run = config(found, tiny_model, tmp_path, algorithm={"name": "prefopt-dpo:dpo", "beta": 0.3})
+    check(run, found.registry)
+    assert describe(run, found.registry).startswith("dpo (prefopt-dpo 0.1.0)")
+    data = resolved(run)
+    assert data["algorithm"] == {"name": "prefopt-dpo:dpo", "beta": 0.3, "label_smoothing": 0.0}
+    assert run_from(Document(data), found.find) == run
+    other = config(found, tiny_model, tmp_path, algorithm={"name": "other-plugin:dpo"})
+    assert type(other.algorithm) is Other
+    assert describe(other, found.registry).startswith("dpo (Other_Plugin 2.0)")
+    made = schema([entry.cls for entry in found.registry.all()], field_docs)
+    jsonschema.Draft202012Validator(made).validate(resolved(other))
+
+
+def test_problems_have_their_place_in_the_document(found, tiny_model, tmp_path):
+    data = write_rows(tmp_path / "demos.jsonl", tiny_rows("demonstration"))
+    text = f"""
+prefopt: 1
+model: {{path: ./nothing}}
+data: {{source: jsonl, path: {data}}}
+algorithm: {{name: dpo}}
+run: {{dir: {tmp_path}/run}}
+"""
+    document = parse(text, "run.yaml")
+    with pytest.raises(ConfigError) as caught:
+        check(run_from(document, found.find), found.registry, where=document.where)
+    assert [(p.where, p.what) for p in caught.value.problems] == [
+        ("run.yaml:3:9", "`model.path`: there is no folder `./nothing`"),
+        ("run.yaml:4:1", "`data`: a demonstration cannot become a comparison"),
+    ]
+
+
+def test_a_missing_model_names_the_run_that_makes_it(found, tiny_model, tmp_path):
+    (tmp_path / "a.yaml").write_text("not: [")
+    (tmp_path / "sft.yaml").write_text(f"run: {{dir: {tmp_path}/runs/sft}}")
+    for name, fix in (("sft", f"`prefopt train {tmp_path}/sft.yaml` makes it."), ("ppo", "the model of the run in")):
+        run = config(found, tiny_model, tmp_path, model={"path": f"{tmp_path}/runs/{name}/model"})
+        with pytest.raises(ConfigError) as caught:
+            check(run, found.registry, beside=tmp_path)
+        assert fix in caught.value.problems[0].fix
+
+
+def test_a_world_is_no_reference(found, tiny_model, tmp_path):
+    run = config(found, tiny_model, tmp_path, algorithm={"name": "dpo"}, reference={"path": "world:replies"})
+    with pytest.raises(ConfigError, match="is built by the run that trains it"):
+        check(run, found.registry)
+
+
+class Greedy(Algorithm):
+    name, eats = "greedy", Comparison
+
+    def needs(self):
+        return Needs(during={"scores", "logps"})
+
+
 class Sampling(Algorithm):
     name, eats = "sampling", Comparison
 
@@ -113,7 +179,12 @@ class Failing(Algorithm):
 
 
 @pytest.mark.parametrize(
-    ("cls", "what"), [(Sampling, "samples while it trains"), (Failing, "Failing.needs\\(\\) failed")]
+    ("cls", "what"),
+    [
+        (Sampling, "samples while it trains"),
+        (Failing, "Failing.needs\\(\\) failed"),
+        (Greedy, "asks for scores and for logps"),
+    ],
 )
 def test_algorithms_the_engine_cannot_serve(found, tiny_model, tmp_path, cls, what):
     found.registry.add(cls, "test", "0")

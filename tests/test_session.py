@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -16,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from prefopt import session
 from prefopt.api import Algorithm, Comparison, Loss, Needs
 from prefopt.config import load_run
 from prefopt.engine.services import EngineServices
@@ -148,18 +150,42 @@ def test_a_run_stops_early_and_exports_its_best_model(train_tiny):
     assert all(torch.equal(x, best[f"network.{name}"]) for name, x in exported.items())
 
 
-def test_an_unknown_metric_to_watch_is_named(train_tiny):
-    with pytest.raises(
-        ConfigError, match="eval.metric `reward/acuracy` is not measured. Did you mean `reward/accuracy`"
-    ):
+def test_an_unknown_metric_to_watch_is_named(train_tiny, tmp_path):
+    with pytest.raises(ConfigError, match="eval.metric: `reward/acuracy` is not measured\n.*mean `reward/accuracy`"):
         train_tiny(algorithm={"name": "dpo"}, eval={"every": 1, "metric": "reward/acuracy"})
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()  # before the first step
+
+
+def test_a_task_that_does_not_fit_the_run_is_refused_before_the_first_step(train_tiny, tmp_path):
+    tasks = [{"name": "reward_quality"}, {"name": "length"}]
+    with pytest.raises(ConfigError, match="a task asks for samples of the policy") as caught:
+        train_tiny(algorithm={"name": "reward_model"}, eval={"every": 4, "tasks": tasks})
+    assert caught.value.problems[0].where == "eval.tasks, task `length`"
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_rehearsal_of_the_evaluation_leaves_no_trace(train_tiny):
+    sections = {"algorithm": {"name": "dpo"}, "eval": {"every": 2, "samples": 2, "rows": 4}}
+    plain = train_tiny("plain", **sections)
+    tasks = {**sections["eval"], "tasks": [{"name": "length"}], "metric": "length"}
+    rehearsed = train_tiny("rehearsed", **{**sections, "eval": tasks})
+    first, second = (json.loads((r.folder / "result.json").read_text()) for r in (plain, rehearsed))
+    assert first == second
+    before, after = (lines(r.folder / "metrics.jsonl") for r in (plain, rehearsed))
+    assert [{k: m[k] for k in m if k not in ("eval/length", "eval/finished")} for m in after] == before
+    assert lines(plain.folder / "samples.jsonl") == lines(rehearsed.folder / "samples.jsonl")
 
 
 def test_held_out_rows_are_not_trained_on(train_tiny):
     """A reply that only a held-out row has is never seen, so its loss stays where the base model put it."""
-    result = train_tiny(algorithm={"name": "sft"}, eval={"every": 4, "holdout": 0.25}, run={"steps": None, "epochs": 1})
+    result = train_tiny(
+        algorithm={"name": "sft"},
+        eval={"every": 4, "holdout": 0.25},
+        run={"steps": None, "epochs": 1},
+        optim={"batch_size": 6},
+    )
     counts = json.loads((result.folder / "result.json").read_text())["steps"]
-    assert counts == 3  # 18 of 24 rows in steps of 8
+    assert counts == 3  # 18 of 24 rows in steps of 6
 
 
 def test_rows_too_few_to_hold_out(train_tiny, tmp_path):
@@ -185,6 +211,24 @@ def test_sequences_longer_than_the_model_reads_are_refused(train_tiny, tmp_path)
     data = {"source": "jsonl", "path": str(write_rows(tmp_path / "long.jsonl", rows))}
     with pytest.raises(DataError, match="more than data.max_length = 128"):
         train_tiny(data=data)
+
+
+def test_a_length_the_model_cannot_read_is_refused(train_tiny, tmp_path):
+    data = {"source": "jsonl", "path": str(write_rows(tmp_path / "rows.jsonl", tiny_rows("demonstration", 8)))}
+    for sections in (
+        {"data": {**data, "max_length": 129}},
+        {"eval": {"every": 1, "data": {**data, "max_length": 129}}},
+    ):
+        with pytest.raises(ConfigError, match="129 tokens are more than the 128 the model can read") as caught:
+            train_tiny(next(iter(sections)), **sections)
+        assert caught.value.problems[0].where.endswith("data.max_length")
+
+
+def test_a_reward_model_says_what_it_cannot_read(train_tiny):
+    result = train_tiny(algorithm={"name": "reward_model"}, run={"steps": 1})
+    rollout = Rollout(prompt="9" * 100, completions=(Completion("9" * 40),))
+    with pytest.raises(DataError, match="141 tokens, more than the 128 the reward model can read"):
+        EngineServices(0).scorer(str(result.model))([rollout])
 
 
 def test_a_step_without_rows_changes_nothing_but_a_count(train_tiny, tmp_path):
@@ -327,6 +371,73 @@ def test_a_request_to_stop_saves_the_state_and_says_how_to_go_on(tiny_model, tmp
         train(config, plugins)
     assert (tmp_path / "run/checkpoints/step-00000003").is_dir()
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+class Namesake(Choosy):
+    name = "sft"
+
+
+def test_a_qualified_name_trains_and_is_kept_for_later(tiny_model, tmp_path):
+    plugins = load()
+    plugins.registry.add(Namesake, "other", "1")
+    sections = {"algorithm": {"name": "prefopt:sft"}, "run": {"steps": 1}}
+    result = train(tiny_config(tiny_model, tmp_path / "run", sections, plugins), plugins)
+    assert json.loads((result.folder / "run.json").read_text())["algorithm"]["distribution"] == "prefopt"
+    assert load_run(result.folder / "config.yaml", plugins.find).algorithm.name == "sft"
+
+
+def test_what_is_ignored_stays_ignored(tiny_model, tmp_path):
+    """As under nohup, whose children go on when the terminal is closed."""
+    plugins = load()
+    plugins.manager.unregister(name="prefopt:progress")
+    seen = []
+    object.__setattr__(plugins, "notify", lambda *_, **__: seen.append(signal.getsignal(signal.SIGHUP)))
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        train(tiny_config(tiny_model, tmp_path / "run", {"run": {"steps": 1}}, plugins), plugins)
+        assert set(seen) == {signal.SIG_IGN} == {signal.getsignal(signal.SIGHUP)}
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_samples_of_conversations_are_written(train_tiny, tmp_path):
+    model = tmp_path / "model"
+    build_tiny(model)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}{% endfor %}"
+    tokenizer.save_pretrained(model)
+    turns = [{"role": "user", "content": "count"}, {"role": "assistant", "content": "1 2 3"}]
+    data = {"source": "jsonl", "path": str(write_rows(tmp_path / "talk.jsonl", [{"messages": turns}] * 8))}
+    sections = {"model": {"path": str(model)}, "data": data, "eval": {"every": 1, "samples": 1}, "run": {"steps": 1}}
+    result = train_tiny(**sections)
+    assert lines(result.folder / "samples.jsonl")[0]["prompt"] == turns[:1]
+
+
+def test_a_folder_with_other_things_in_it_is_left_alone(train_tiny, tmp_path):
+    (tmp_path / "run").mkdir(mode=0o755)
+    (tmp_path / "run" / "thesis.tex").touch()
+    with pytest.raises(ConfigError, match="is not empty, and no run: it holds thesis.tex") as caught:
+        train_tiny(algorithm={"name": "sft"})
+    assert caught.value.problems[0].where == "run.dir"
+    assert stat.S_IMODE((tmp_path / "run").stat().st_mode) == 0o755
+    assert len(list((tmp_path / "run").iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "No space left"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB"), "memory ran out: CUDA"),
+    ],
+)
+def test_a_full_disk_and_a_full_memory_are_no_bugs(train_tiny, monkeypatch, error, words):
+    def fails(*_, **__):
+        raise error
+
+    monkeypatch.setattr(session, "save", fails)
+    with pytest.raises(ResourceError, match=words) as caught:
+        train_tiny(run={"steps": 1})
+    assert "prefopt resume" in caught.value.problems[0].fix
 
 
 def test_a_failing_observer_does_not_stop_a_run(tiny_model, tmp_path):

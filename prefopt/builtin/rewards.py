@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from prefopt.api import RewardSource, Scorer, Services
+from prefopt.api import RewardSource, Scorer, Services, UserPath
 
 
 class TrainedReward(RewardSource):
@@ -10,7 +10,7 @@ class TrainedReward(RewardSource):
 
     name = "reward_model"
 
-    path: str
+    path: UserPath
     """The folder of the model."""
 
     def open(self, services: Services) -> Scorer:

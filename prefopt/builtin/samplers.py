@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import PositiveFloat, PositiveInt
 
-from prefopt.api import Completion, Drawer, LanguageModel, Request, Sampler, lazy_import
+from prefopt.api import Completion, DataError, Drawer, LanguageModel, Request, Sampler, lazy_import
 
 if TYPE_CHECKING:
     import numpy as np
@@ -37,7 +37,8 @@ class Plain(Sampler):
     temperature: PositiveFloat = 1.0
     """Divides the logits."""
     max_new_tokens: PositiveInt = 64
-    """A completion that reaches it without an end-of-sequence token is cut and marked unfinished."""
+    """A completion that reaches it, or the most tokens the model can read, without an end-of-sequence token is cut and
+    marked unfinished."""
     batch: PositiveInt = 512
     """Requests in one forward pass."""
     greedy: bool = False
@@ -58,10 +59,20 @@ class Plain(Sampler):
         found: dict[int, Completion] = {}
         for first in range(0, len(order), self.batch):
             part = order[first : first + self.batch]
-            rows = [_Row(requests[i], self.max_new_tokens) for i in part]
+            rows = [_Row(requests[i], self._room(model, requests[i])) for i in part]
             self._decode(model, rows)
             found.update(zip(part, (row.completion(model) for row in rows), strict=True))
         return [found[i] for i in range(len(requests))]
+
+    def _room(self, model: LanguageModel, request: Request) -> int:
+        """The most tokens to draw. Raises `DataError` for a prompt that leaves no room."""
+        if model.positions is None:
+            return self.max_new_tokens
+        room = model.positions - len(request.prompt)
+        if room < 1:
+            what = f"a prompt has {len(request.prompt)} tokens, and the model can read {model.positions}"
+            raise DataError(what, fix="Shorten it: the reply needs room too.")
+        return min(self.max_new_tokens, room)
 
     def _decode(self, model: LanguageModel, rows: list[_Row]) -> None:
         """Fills the rows, all standing at the same position, until each has ended or is full."""

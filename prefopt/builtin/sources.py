@@ -8,7 +8,7 @@ from typing import Literal, TypeVar
 
 from pydantic import Field, field_validator
 
-from prefopt.api import DataSource, Row, Services
+from prefopt.api import DataSource, Row, Services, UserPath
 from prefopt.data.formats import BY_NAME
 from prefopt.data.read import Records, read_csv, read_hub, read_json, read_jsonl, read_parquet
 from prefopt.data.source import PEEK, Labels, Value, rows_of
@@ -64,12 +64,12 @@ class Tabular(DataSource):
 class File(Tabular):
     """A local file."""
 
-    path: str
+    path: UserPath
     """The file."""
 
     @property
     def _path(self) -> Path:
-        return Path(self.path).expanduser()
+        return Path(self.path)
 
     @property
     def files(self) -> tuple[str, ...]:

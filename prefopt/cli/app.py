@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,7 +15,7 @@ from prefopt import __version__
 from prefopt.errors import EXIT_CODES, DataError, PrefoptError
 
 if TYPE_CHECKING:
-    from prefopt.config import RunConfig
+    from prefopt.config import Document, RunConfig
     from prefopt.plugins import Plugins
 
 MORE = ("validate", "resume", "explain", "data", "schema")
@@ -79,17 +81,30 @@ def _options(
     pass
 
 
-def _read(path: Path, overrides: list[str] | None, look: bool = True) -> tuple[RunConfig, Plugins]:
-    """A configuration and the plugins it may use; with `look`, checked for what can be seen without a model."""
-    from prefopt.config import allowed_plugins, load_run
+def _read(path: Path, overrides: list[str] | None, look: bool = True) -> tuple[RunConfig, Plugins, Document]:
+    """A configuration, the plugins it may use, and the document it was read from; with `look`, checked for what can be
+    seen without a model."""
+    from prefopt.config import allowed_in, read_document, run_from
     from prefopt.plugins import load
     from prefopt.preflight import check
 
-    found = load(allowed_plugins(path, overrides or ()))
-    config = load_run(path, found.find, overrides or ())
+    document = read_document(path, overrides or ())
+    found = load(allowed_in(document))
+    config = run_from(document, found.find)
     if look:
-        check(config, found.registry)
-    return config, found
+        check(config, found.registry, where=document.where, beside=path.parent)
+    return config, found, document
+
+
+@contextmanager
+def _located(document: Document) -> Iterator[None]:
+    """Gives problems met while running the places of the keys they name."""
+    try:
+        yield
+    except PrefoptError as error:
+        from prefopt.config import located
+
+        raise located(error, document.where) from None
 
 
 def _warn(text: str) -> None:
@@ -114,10 +129,11 @@ def init(
 @app.command()
 def train(config: ConfigFile, overrides: Overrides = None) -> None:
     """Train a model as a configuration says."""
-    run, found = _read(config, overrides)
+    run, found, document = _read(config, overrides)
     from prefopt.session import train as start
 
-    result = start(run, found, warn=_warn)
+    with _located(document):
+        result = start(run, found, warn=_warn)
     typer.echo(f"{result.outcome}: {result.model}")
 
 
@@ -137,11 +153,12 @@ def bench_run(
 @show.command("batch")
 def show_batch(config: ConfigFile, overrides: Overrides = None) -> None:
     """Print the first step as text, roles and masks: what exactly is trained on."""
-    run, found = _read(config, overrides)
+    run, found, document = _read(config, overrides)
     from prefopt.cli.show import first_batch
 
-    for line in first_batch(run, found):
-        typer.echo(line)
+    with _located(document):
+        for line in first_batch(run, found):
+            typer.echo(line)
 
 
 @plugins.command("list")
@@ -187,7 +204,7 @@ def plugins_new(
 @app.command()
 def validate(config: ConfigFile, overrides: Overrides = None) -> None:
     """Check a configuration, the first rows of its data, and its plugins; nothing is trained or written."""
-    run, found = _read(config, overrides)
+    run, found, _ = _read(config, overrides)
     from prefopt.preflight import describe, verdicts
 
     typer.echo(f"valid: {describe(run, found.registry)}")
@@ -196,16 +213,20 @@ def validate(config: ConfigFile, overrides: Overrides = None) -> None:
 
 
 @app.command()
-def resume(folder: Annotated[Path, typer.Argument(help="A run folder.", metavar="RUN")]) -> None:
+def resume(
+    folder: Annotated[Path, typer.Argument(help="A run folder.", metavar="RUN")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Secrets that were not written to it.", metavar="[KEY=VALUE]...")
+    ] = None,
+) -> None:
     """Continue a run from its last checkpoint, to the same bytes it would have had."""
-    from prefopt.errors import ConfigError
+    from prefopt.cli.resume import read_back
 
-    if (folder / "result.json").exists():
-        raise ConfigError("the run is finished", where=str(folder))
-    run, found = _read(folder / "config.yaml", [f"run.dir={folder}"])
+    run, found, document = read_back(folder, overrides or ())
     from prefopt.session import train as start
 
-    result = start(run, found, resume=True, warn=_warn)
+    with _located(document):
+        result = start(run, found, resume=True, warn=_warn)
     typer.echo(f"{result.outcome}: {result.model}")
 
 
@@ -232,7 +253,7 @@ def data_check(
     from prefopt.errors import ConfigError
 
     if path.suffix in CONFIGS:
-        run, _ = _read(path, overrides, look=False)
+        run, _, _ = _read(path, overrides, look=False)
         from prefopt.preflight import opened
 
         sections = opened(run)

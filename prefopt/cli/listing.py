@@ -7,11 +7,13 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from prefopt.batch import COLUMNS, OUTPUTS
+from prefopt.batch import COLUMNS, OUTPUTS, Needs
 from prefopt.components import Algorithm, Component
 from prefopt.errors import ConfigError, did_you_mean
 from prefopt.plugins import CORE, Plugins
 from prefopt.registry import Entry, field_docs
+
+EMPTY = "No plugin is installed beside the core. `prefopt plugins list --all` shows the core's own components."
 
 
 def listing(plugins: Plugins, everything: bool, as_json: bool) -> str:
@@ -20,12 +22,23 @@ def listing(plugins: Plugins, everything: bool, as_json: bool) -> str:
     facts = [_facts(entry) for entry in entries]
     if as_json:
         return json.dumps(facts, indent=1, ensure_ascii=False)
-    if not facts:
-        return "No plugin is installed beside the core. `prefopt plugins list --all` shows the core's own components."
-    rows = [(f["kind"], f["name"], f"{f['distribution']} {f['version']}", f["summary"]) for f in facts]
-    widths = [max(len(row[i]) for row in rows) for i in range(3)]
-    lines = ["  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[3]]) for row in rows]
-    return "\n".join(line.rstrip() for line in lines)
+    return "\n".join([*(_table(facts) if facts else [EMPTY]), *_unloaded(plugins)])
+
+
+def _table(facts: list[dict[str, str]]) -> Iterator[str]:
+    """A line for each component; below it where it comes from: its paper and its source."""
+    rows = [(f["kind"], f["name"], f"{f['distribution']} {f['version']}") for f in facts]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row, f in zip(rows, facts, strict=True):
+        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
+        yield "  ".join([*cells, f["summary"]]).rstrip()
+        yield "    " + ", ".join(part for part in (f["paper"], f["source"]) if part)
+
+
+def _unloaded(plugins: Plugins) -> Iterator[str]:
+    names = sorted({b.distribution for b in plugins.registry.broken})
+    if names:
+        yield f"Not loaded: {', '.join(names)}. `prefopt plugins doctor` says why."
 
 
 def _facts(entry: Entry) -> dict[str, str]:
@@ -90,15 +103,21 @@ def _explain_algorithm(cls: type[Algorithm]) -> Iterator[str]:
         yield f"  formula     {cls.formula}"
     if cls.dialect:
         yield f"  dialect     {cls.dialect}"
-    needs = cls().needs()
+    try:
+        yield from _explain_needs(cls.model_construct().needs())
+    except Exception:  # it reads a setting that has no default
+        yield "  needs       depends on its settings"
+    for difference in cls.differences:
+        yield f"  differs     {difference}"
+
+
+def _explain_needs(needs: Needs) -> Iterator[str]:
     for name in sorted(needs.columns):
         yield f"  needs       {name}: {COLUMNS[name]}, without gradient"
     for name in sorted(needs.during):
         yield f"  needs       {name}: {OUTPUTS[name]}, with gradient"
     for name in sorted(needs.rows):
         yield f"  needs       {name}: a number of each row"
-    for difference in cls.differences:
-        yield f"  differs     {difference}"
 
 
 def _explain_settings(cls: type[Component]) -> Iterator[str]:

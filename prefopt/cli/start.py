@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import prefopt
+from prefopt import api
 from prefopt.config import schema
 from prefopt.errors import ConfigError, ResourceError, did_you_mean
 from prefopt.plugins import load
@@ -64,6 +65,7 @@ def write_plugin(name: str, folder: Path) -> Iterator[str]:
             f"`{name}` cannot name a plugin", fix="Use lower-case words joined by `_`, such as `my_method`."
         )
     words = re.split(r"[_-]", name)
+    _refuse_taken("_".join(words))
     forms = {"example_method": "_".join(words), "ExampleMethod": "".join(map(str.capitalize, words))}
     forms |= {"prefopt-example": f"prefopt-{'-'.join(words)}", "prefopt_example": f"prefopt_{'_'.join(words)}"}
     root = folder / forms["prefopt-example"]
@@ -77,6 +79,19 @@ def write_plugin(name: str, folder: Path) -> Iterator[str]:
     yield f"1. pip install -e {root}"
     yield f"2. write the loss in {method}"
     yield f"3. pytest {root}"
+
+
+def _refuse_taken(name: str) -> None:
+    """A method needs a name of its own: neither that of an installed component, nor one that its module imports."""
+    plain = name.replace("_", "")
+    owner = next((e for e in load().registry.all() if e.cls.name.replace("-", "_") == name), None)
+    if owner is not None:
+        what = f"`{name}` is taken: {owner.distribution} uses it for its {owner.cls.kind}"
+        raise ConfigError(what, fix="Choose another name: two plugins that offer one name clash.")
+    if plain in {word.lower() for word in (*api.__all__, "PositiveFloat")}:
+        raise ConfigError(
+            f"`{name}` has a meaning in the module of a method", fix=f"Choose another, such as my_{name}."
+        )
 
 
 def _filled(text: str, forms: dict[str, str]) -> str:

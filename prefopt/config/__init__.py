@@ -1,6 +1,18 @@
 """Configuration: what a YAML file may say, and what is wrong with it."""
 
-from prefopt.config.load import allowed_plugins, load_run, load_suite, resolved, run_from, schema
+from prefopt.config.load import (
+    allowed_in,
+    allowed_plugins,
+    anchored,
+    load_run,
+    load_suite,
+    located,
+    read_document,
+    redacted_keys,
+    resolved,
+    run_from,
+    schema,
+)
 from prefopt.config.models import (
     CheckpointConfig,
     DataConfig,
@@ -25,10 +37,15 @@ __all__ = [
     "RunConfig",
     "RunSection",
     "SuiteConfig",
+    "allowed_in",
     "allowed_plugins",
+    "anchored",
     "dump",
     "load_run",
     "load_suite",
+    "located",
+    "read_document",
+    "redacted_keys",
     "resolved",
     "run_from",
     "schema",

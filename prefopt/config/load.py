@@ -4,24 +4,30 @@ argument."""
 from __future__ import annotations
 
 import json
+import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
+from itertools import chain
 from pathlib import Path
 from typing import Any, Final, TypeVar, get_args
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
-from prefopt.components import Component, DataSource
+from prefopt.components import Component, DataSource, UserPath
 from prefopt.config.models import DataConfig, MixConfig, RowsConfig, RunConfig, Section, SuiteConfig
 from prefopt.config.yaml import Document, Keys, apply_overrides, read
-from prefopt.errors import ConfigError, PrefoptError, Problem, did_you_mean, redact
+from prefopt.errors import REDACTED, ConfigError, PrefoptError, Problem, did_you_mean, redact
 
 Find = Callable[[str, str], type[Component]]
 """(kind, name) to a component class; raises `PrefoptError` for a name it cannot resolve."""
 M = TypeVar("M", bound=Section)
+B = TypeVar("B", bound=BaseModel)
+E = TypeVar("E", bound=PrefoptError)
 
 ELSEWHERE: Final = {
     "learning_rate": "lr",
@@ -45,12 +51,17 @@ ELSEWHERE: Final = {
 def load_run(path: Path, find: Find, overrides: Sequence[str] = ()) -> RunConfig:
     """The run in a YAML file. Raises `ConfigError` with all its problems, `PluginError` when a named plugin is
     broken."""
-    return run_from(apply_overrides(read(path), overrides), find)
+    return run_from(read_document(path, overrides), find)
+
+
+def read_document(path: Path, overrides: Sequence[str] = ()) -> Document:
+    """A YAML file with overrides laid over it, not yet understood."""
+    return apply_overrides(read(path), overrides)
 
 
 def load_suite(path: Path, find: Find, overrides: Sequence[str] = ()) -> tuple[SuiteConfig, Document]:
     """The suite in a YAML file, and the document, whose parts become runs."""
-    document = apply_overrides(read(path), overrides)
+    document = read_document(path, overrides)
     return validated(SuiteConfig, document, find), document
 
 
@@ -62,16 +73,53 @@ def run_from(document: Document, find: Find) -> RunConfig:
 def allowed_plugins(path: Path, overrides: Sequence[str] = ()) -> tuple[str, ...] | None:
     """`plugins: {allow: [...]}` of a file, read before any plugin is loaded; None when it says nothing usable."""
     try:
-        allow = apply_overrides(read(path), overrides).at("plugins", "allow").data
+        return allowed_in(read_document(path, overrides))
     except PrefoptError:
         return None
+
+
+def allowed_in(document: Document) -> tuple[str, ...] | None:
+    """The same of a document."""
+    allow = document.at("plugins", "allow").data
     return tuple(name for name in allow if isinstance(name, str)) if isinstance(allow, list) else None
 
 
 def resolved(config: Section) -> dict[str, Any]:
-    """A configuration as plain data with every default written out, without secrets; it loads again to the same run."""
-    data: dict[str, Any] = redact(json.loads(json.dumps(config.model_dump(mode="json"))))
+    """A configuration as plain data with every default written out; it loads again to the same run. It may hold
+    secrets: what is written or shown goes through `redact` first."""
+    data: dict[str, Any] = json.loads(json.dumps(config.model_dump(mode="json")))
     return data
+
+
+def anchored(section: B) -> B:
+    """The same settings with the path of every file or folder that exists made absolute, so that they hold in any
+    working directory."""
+    update = {name: _anchored(field, getattr(section, name)) for name, field in type(section).model_fields.items()}
+    return section.model_copy(update=update)
+
+
+def _anchored(field: FieldInfo, value: Any) -> Any:
+    if isinstance(value, BaseModel):
+        return anchored(value)
+    if isinstance(value, tuple):
+        return tuple(_anchored(field, item) for item in value)
+    if isinstance(value, str) and _holds_path(field) and os.path.exists(value):
+        return os.path.abspath(value)
+    return value
+
+
+def _holds_path(field: FieldInfo) -> bool:
+    inner = (getattr(part, "__metadata__", ()) for part in get_args(field.annotation))
+    return get_args(UserPath)[1] in (*field.metadata, *chain(*inner))
+
+
+def redacted_keys(data: Any, path: Keys = ()) -> Iterator[Keys]:
+    """The keys whose values were left out when this plain data was written."""
+    items = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ()
+    for key, value in items:
+        if REDACTED in str(key) or (isinstance(value, str) and REDACTED in value):
+            yield (*path, key)
+        yield from redacted_keys(value, (*path, key))
 
 
 def validated(model: type[M], document: Document, find: Find) -> M:
@@ -184,6 +232,29 @@ def _suggestion(key: str, path: Keys, model: type[BaseModel], written: _Written)
     return f"It belongs into `{home}`." if home else did_you_mean(key, known)
 
 
+def located(error: E, where: Callable[[Keys], str]) -> E:
+    """The same error, its dotted keys (`model.path`) replaced by their places in a document."""
+    PrefoptError.__init__(error, *(_located(problem, where) for problem in error.problems))
+    return error
+
+
+def _located(problem: Problem, where: Callable[[Keys], str]) -> Problem:
+    dotted, comma, rest = problem.where.partition(", ")
+    keys = tuple(dotted.split("."))
+    place = where(keys) if _is_key(keys) else ""
+    return replace(problem, what=f"`{dotted}`: {problem.what}", where=f"{place}{comma}{rest}") if place else problem
+
+
+def _is_key(keys: Sequence[str]) -> bool:
+    """Whether a run has this key; `data.jsonl` is a file."""
+    model: type[BaseModel] = RunConfig
+    for key in keys:
+        if key not in model.model_fields:
+            return False
+        model = next(iter(_models_in(model.model_fields[key].annotation)), BaseModel)
+    return True
+
+
 # --- schema ---------------------------------------------------------------------------------------------------------
 
 
@@ -200,7 +271,8 @@ def schema(components: Sequence[type[Component]], describe: Callable[[type[Any]]
         own = cls.model_json_schema()
         definitions.update(own.pop("$defs", {}))
         _describe(own, cls, describe)
-        own["properties"] = {cls.key: {"const": cls.name, "description": cls.summary()}, **own.get("properties", {})}
+        name = {"anyOf": [{"const": cls.name}, {"pattern": f"^[\\w.-]+:{re.escape(cls.name)}$"}]}
+        own["properties"] = {cls.key: {**name, "description": cls.summary()}, **own.get("properties", {})}
         own["required"] = [cls.key, *own.get("required", [])]
         definitions[_definition(cls)] = own
     _merge_data_sources(definitions, [cls for cls in components if issubclass(cls, DataSource)])
@@ -236,6 +308,6 @@ def _filled(node: Any, components: Sequence[type[Component]]) -> Any:
         return node
     if "x-component" in node:
         rest = {k: v for k, v in node.items() if k not in ("x-component", "title")}
-        refs = [{"$ref": f"#/$defs/{_definition(c)}"} for c in components if c.kind == node["x-component"]]
-        return {**rest, "oneOf": refs}
+        names = dict.fromkeys(_definition(c) for c in components if c.kind == node["x-component"])
+        return {**rest, "oneOf": [{"$ref": f"#/$defs/{name}"} for name in names]}
     return {key: _filled(value, components) for key, value in node.items()}

@@ -23,7 +23,7 @@ from pydantic import (
     model_validator,
 )
 
-from prefopt.components import Algorithm, DataSource, Sampler, Task
+from prefopt.components import Algorithm, DataSource, Sampler, Task, UserPath, expanded
 
 NAME_RULE = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 
@@ -38,7 +38,7 @@ def _checked_dir(value: str) -> str:
     if ".." in Path(value).parts:
         raise ValueError("a run folder may not climb with `..`")
     _checked_name(Path(value).name)
-    return value
+    return expanded(value)
 
 
 Name = Annotated[str, AfterValidator(_checked_name)]
@@ -55,7 +55,7 @@ class Section(BaseModel):
 class ModelConfig(Section):
     """The model to train."""
 
-    path: str
+    path: UserPath
     """A folder with a Hugging Face model, or `world:NAME` for the untrained base model of a world."""
     attention: Literal["sdpa", "eager"] = "sdpa"
     """The attention implementation of transformers."""
@@ -154,7 +154,7 @@ class OptimConfig(Section):
 class ReferenceConfig(Section):
     """The model that log-probabilities are compared with. Default: the policy as it starts."""
 
-    path: str | None = None
+    path: UserPath | None = None
     """Another model as reference."""
     mode: Literal["cached", "resident"] = "cached"
     """`cached` scores each sequence once, before training; `resident` keeps the reference in memory and scores each

@@ -170,7 +170,11 @@ class _Reader:
         if not tag.startswith("tag:yaml.org,2002:") or "python" in tag:
             self.refuse(node, f"tags are not allowed: {tag}")
             return None
-        value = self.construct(node)
+        try:
+            value = self.construct(node)
+        except ValueError:
+            self.refuse(node, f"{str(node.value)[:60]!r} is no {tag.rpartition(':')[2]}")
+            return None
         return value if isinstance(value, _PLAIN) else str(node.value)
 
 

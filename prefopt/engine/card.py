@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from typing import Any
 
-from prefopt.config import RunConfig, dump, resolved
+from prefopt.config import RunConfig, dump
+from prefopt.engine.folder import RunFolder
 from prefopt.errors import redact
 
 
-def card(config: RunConfig, info: Mapping[str, Any], facts: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
-    """Markdown with the front matter that model hubs read."""
+def card(config: RunConfig, folder: RunFolder, facts: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
+    """Markdown with the front matter that model hubs read. Names no home folder: a model may be published."""
+    info = json.loads(folder.info.read_text("utf-8"))
     kind = "text-classification" if config.algorithm.trains_reward else "text-generation"
     head = dump({"library_name": "transformers", "pipeline_tag": kind, "tags": ["prefopt", config.algorithm.name]})
     rows = "\n".join(f"| `{name}` | {_number(value)} |" for name, value in metrics.items())
@@ -43,11 +46,11 @@ Source `{config.data.source.name}`.
 ## Configuration
 
 ```yaml
-{dump(resolved(config))}```
+{folder.config.read_text("utf-8")}```
 
 {versions}
 """
-    return str(redact(text))
+    return str(redact(text.replace(os.path.expanduser("~/"), "~/")))
 
 
 def _result(config: RunConfig) -> str:

@@ -3,19 +3,24 @@ training."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as List
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from prefopt.batch import Policy
+from prefopt.components import Task
 from prefopt.config import EvalConfig
 from prefopt.data.assemble import Assembled
 from prefopt.engine.loop import Loop, Progress
 from prefopt.engine.measure import Measured
-from prefopt.errors import ConfigError, did_you_mean
+from prefopt.errors import ConfigError, PrefoptError, did_you_mean
 from prefopt.rows import Rollout, Row
+
+LOSS = "loss/total"
+SAMPLED = ("completion/tokens", "kl/sequence")
+REHEARSED = 2
 
 
 @dataclass
@@ -40,32 +45,61 @@ class Evaluator:
                 metrics |= task.evaluate(subject)
         return metrics
 
+    def rehearse(self, loop: Loop) -> None:
+        """Measures a little before anything is trained, and forgets it. Raises what the first evaluation would raise
+        for a task that does not fit the run, or for a metric that nobody measures."""
+        if self.config.metric == LOSS and not self.config.tasks:
+            return
+        spent = replace(loop.forwarder.meter)
+        metrics = set(self._losses(loop)) | (set(SAMPLED) if self.config.samples else set())
+        failed = [task for task in self.config.tasks if not self._tried(task, metrics)]
+        loop.forwarder.meter = spent
+        if not failed:
+            known(self.config.metric, metrics)
+
+    def _tried(self, task: Task, metrics: set[str]) -> bool:
+        """Adds what a task measures; False when it fails on so few rows for a reason of its own."""
+        assert self.subject is not None
+        try:
+            metrics.update(task.evaluate(self.subject(0, self.rows[:REHEARSED])))
+        except PrefoptError as error:
+            section = f"eval.tasks, task `{task.name}`"
+            raise ConfigError(*(replace(p, where=p.where or section) for p in error.problems)) from None
+        except Exception:  # a measurement of many rows may not work with a few
+            return False
+        return True
+
     def _losses(self, loop: Loop) -> dict[str, float]:
         state = {name: x.clone() for name, x in loop.state.items()}
         built, _ = loop.prepared(self.built, loop.context(loop.progress.step, state))
         outputs = loop.forwarder.whole(built, loop.algorithm.needs().during)
         with torch.no_grad():
             loss = loop.algorithm.loss(built.batch, Policy(outputs))
-        return {"loss/total": float(loss.value), **{name: float(x) for name, x in loss.metrics.items()}}
+        return {LOSS: float(loss.value), **{name: float(x) for name, x in loss.metrics.items()}}
 
     def _sampled(self, subject: Measured, step: int) -> dict[str, float]:
         """`kl/sequence` is the Monte-Carlo mean of log policy - log reference over samples of the policy (k1)."""
         rollouts = subject.rollouts(1)
         self.on_samples(step, rollouts)
         lengths = [len(c.ids or ()) for group in rollouts for c in group.completions]
-        metrics = {"completion/tokens": sum(lengths) / len(lengths)}
+        metrics = {SAMPLED[0]: sum(lengths) / len(lengths)}
         ratios = subject.log_ratios(rollouts)
         if ratios is not None:
             flat = [x for group in ratios for x in group]
-            metrics["kl/sequence"] = sum(flat) / len(flat)
+            metrics[SAMPLED[1]] = sum(flat) / len(flat)
         return metrics
+
+
+def known(metric: str, metrics: Iterable[str]) -> None:
+    """Raises `ConfigError` when `metric` is not among the metrics."""
+    if metric not in metrics:
+        raise ConfigError(f"`{metric}` is not measured", where="eval.metric", fix=did_you_mean(metric, metrics))
 
 
 def judge(metrics: dict[str, float], config: EvalConfig, progress: Progress) -> bool:
     """Notes whether this evaluation is the best so far, and stops the run when patience ends; True when it is the
     best."""
-    if config.metric not in metrics:
-        raise ConfigError(f"eval.metric `{config.metric}` is not measured. {did_you_mean(config.metric, metrics)}")
+    known(config.metric, metrics)
     value = metrics[config.metric]
     better = progress.best is None or (value < progress.best if config.goal == "min" else value > progress.best)
     if better:

@@ -26,13 +26,16 @@ class RunFolder:
         self.config = path / "config.yaml"
         self.info = path / "run.json"
         self.result = path / "result.json"
+        self.before_run = {".lock", "timings.jsonl"}
+        """What a run that ended before `run.json` was written leaves behind."""
 
     @property
     def finished(self) -> bool:
         return self.result.exists()
 
     def create(self) -> None:
-        """Makes the folder, readable by its owner alone. Raises `ConfigError` when a run is in it already."""
+        """Makes the folder, readable by its owner alone. Raises `ConfigError` when a run, or anything else,
+        is in it already."""
         if self.finished:
             raise ConfigError(
                 f"`{self.path}` holds a finished run",
@@ -44,6 +47,10 @@ class RunFolder:
             raise ConfigError(f"`{self.path}` holds an unfinished run", where="run.dir", fix=fix)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            other = sorted(path.name for path in self.path.iterdir() if path.name not in self.before_run)
+            if other:
+                what = f"`{self.path}` is not empty, and no run: it holds {', '.join(other[:3])}"
+                raise ConfigError(what, where="run.dir", fix="Choose a new folder: it becomes private to you.")
             self.path.chmod(0o700)
         except OSError as error:
             raise ResourceError(f"the run folder cannot be made: {error.strerror}", where=str(self.path)) from None

@@ -15,7 +15,7 @@ from prefopt.data.mix import Mix, MixedLikelihood
 from prefopt.data.render import Renderer, Tokenizer
 from prefopt.data.source import verdict
 from prefopt.data.streams import Order, derive, split
-from prefopt.errors import DataError, Problem
+from prefopt.errors import ConfigError, DataError, Problem
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,9 @@ class Inputs:
 
     @classmethod
     def of(cls, config: RunConfig, tokenizer: Tokenizer, positions: int | None, services: Services) -> Inputs:
-        """Opens the data. `positions` is the most tokens the model can read. Raises `DataError` for unusable rows."""
+        """Opens the data. `positions` is the most tokens the model can read. Raises `DataError` for unusable rows,
+        `ConfigError` for a length the model cannot read."""
+        _refuse_longer(config, positions)
         opened = Opener(tokenizer, positions, services)
         train = opened(config.data, config.algorithm)
         rows, held_out = _held_out(config, train, opened)
@@ -99,6 +101,15 @@ class Inputs:
         if self.held_out is not None and self.held_out.assembler.rows is not self.assembler.rows:
             lines.append(f"eval.data: {verdict(self.held_out.assembler.rows)}")
         return lines if self.mix is None else [*lines, f"data.mix: {verdict(self.mix.assembler.rows)}"]
+
+
+def _refuse_longer(config: RunConfig, positions: int | None) -> None:
+    sections: dict[str, RowsConfig | None] = {"data": config.data, "data.mix": config.data.mix}
+    sections["eval.data"] = config.eval.data if config.eval is not None else None
+    for name, data in sections.items():
+        if positions is not None and data is not None and (data.max_length or 0) > positions:
+            what = f"{data.max_length} tokens are more than the {positions} the model can read"
+            raise ConfigError(what, where=f"{name}.max_length", fix="Lower it, or leave it out.")
 
 
 def _broken(rule: Policy, problems: list[Problem], size: int) -> tuple[Problem, ...]:

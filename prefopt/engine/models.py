@@ -4,12 +4,15 @@ never runs unless the configuration says so, and weights are read from safetenso
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+import shutil
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tokenizers import Tokenizer as RawTokenizer
 from torch import nn
@@ -26,12 +29,14 @@ from prefopt.config import ModelConfig
 from prefopt.data.render import Tokenizer, load_tokenizer
 from prefopt.data.streams import derive
 from prefopt.engine.forward import Scorer
-from prefopt.errors import ConfigError
+from prefopt.errors import ConfigError, ResourceError
 
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
 
 PAD = "<|pad|>"
+HEAD = "score.weight"
+TRAIN_ONE = "Train one with algorithm reward_model, or name a sequence classifier."
 
 
 @dataclass(frozen=True)
@@ -49,35 +54,46 @@ class Model:
         listed = configured if isinstance(configured, list) else [configured]
         return frozenset(i for i in (*listed, self.tokenizer.eos_token_id) if i is not None)
 
+    @property
+    def positions(self) -> int | None:
+        """The most tokens the network can read."""
+        return positions(self.network.config)
+
     def decode(self, ids: Any) -> str:
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
 def load_causal(config: ModelConfig) -> nn.Module:
     """The causal language model at `config.path`, in float32."""
-    return _load(AutoModelForCausalLM.from_pretrained, config)
+    network, report = _load(AutoModelForCausalLM.from_pretrained, config)
+    _refuse_incomplete(config, report)
+    return network  # type: ignore[no-any-return]
 
 
-def load_classifier(config: ModelConfig, tokenizer: Tokenizer, seed: int) -> nn.Module:
-    """A one-score sequence classifier at `config.path`, or one built on a causal model, its head drawn from `seed`.
+def load_classifier(config: ModelConfig, tokenizer: Tokenizer, seed: int | None) -> nn.Module:
+    """A one-score sequence classifier at `config.path`, or one built on a causal model, its head drawn from `seed`;
+    without a seed the model must be a classifier.
 
     The padding token is made distinct from the end of sequence: transformers reads the score at the last token that is
     not padding. The head starts as N(0, 1/(h+1)) (Huang et al. 2024, arXiv:2403.17031).
     """
-    network = _load(AutoModelForSequenceClassification.from_pretrained, config, num_labels=1)
+    network, report = _load(AutoModelForSequenceClassification.from_pretrained, config, num_labels=1)
+    fresh = not _is_classifier(network)
+    if fresh and seed is None:
+        made = ", ".join(network.config.architectures or ["unknown"])
+        raise ConfigError(f"`{config.path}` is no reward model: its architecture is {made}", fix=TRAIN_ONE)
+    _refuse_incomplete(config, report, {HEAD} if fresh else ())
     _separate_padding(network, tokenizer)
-    if not _is_classifier(Path(config.path)):
-        weight = network.score.weight  # type: ignore[union-attr]
+    if fresh:
         with torch.no_grad():
-            noise = torch.randn(weight.shape, generator=_generator(seed, "score head"))  # type: ignore[arg-type]
-            weight.copy_(noise / (weight.shape[1] + 1) ** 0.5)  # type: ignore[index,operator]
-    return network
+            noise = torch.randn(network.score.weight.shape, generator=_generator(seed or 0, "score head"))
+            network.score.weight.copy_(noise / (noise.shape[1] + 1) ** 0.5)
+    return network  # type: ignore[no-any-return]
 
 
-def _is_classifier(folder: Path) -> bool:
-    path = folder / "config.json"
-    names = json.loads(path.read_text("utf-8")).get("architectures") or [] if path.is_file() else []
-    return any("ForSequenceClassification" in name for name in names)
+def _is_classifier(network: Any) -> bool:
+    """Whether the weights it was loaded from have a score head."""
+    return any("ForSequenceClassification" in name for name in network.config.architectures or ())
 
 
 def _separate_padding(network: Any, tokenizer: Tokenizer) -> None:
@@ -90,20 +106,47 @@ def _separate_padding(network: Any, tokenizer: Tokenizer) -> None:
     network.config.pad_token_id = tokenizer.pad_token_id
 
 
-def _load(load: Callable[..., Any], config: ModelConfig, **options: Any) -> nn.Module:
-    try:
-        network = load(
+def _load(load: Callable[..., Any], config: ModelConfig, **options: Any) -> tuple[Any, Mapping[str, Any]]:
+    """A network, and what transformers reports about the weights it read."""
+    with _explained(config.path):
+        network, report = load(
             config.path,
             dtype=torch.float32,
             attn_implementation=config.attention,
             trust_remote_code=config.trust_remote_code,
             use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported, and refused below with the name of the weight
             **options,
         )
+    return network.eval(), report
+
+
+@contextmanager
+def _explained(path: str) -> Iterator[None]:
+    """Turns what transformers raises for a model it cannot read into an error with advice."""
+    try:
+        yield
+    except SafetensorError as error:
+        fix = "Copy or download the model again."
+        raise ResourceError(f"the weights of `{path}` are damaged: {error}", where="model.path", fix=fix) from None
     except (OSError, ValueError) as error:
         what = str(error).partition("\n")[0]
-        raise ConfigError(f"the model `{config.path}` cannot be loaded: {what}", where="model.path") from None
-    return network.eval()  # type: ignore[no-any-return]
+        raise ConfigError(f"the model `{path}` cannot be loaded: {what}", where="model.path") from None
+
+
+def _refuse_incomplete(config: ModelConfig, report: Mapping[str, Any], allowed: Collection[str] = ()) -> None:
+    """Weights that are missing or do not fit would be drawn at random, in silence."""
+    problems = [
+        f"the weight {name} has shape {list(found)}, but config.json asks for {list(wanted)}"
+        for name, found, wanted in sorted(report["mismatched_keys"])
+    ]
+    missing = sorted(set(report["missing_keys"]) - set(allowed))
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        problems.append(f"the weights have no {', '.join(missing[:3])}{more}")
+    if problems:
+        raise ConfigError(*(f"the model `{config.path}` is incomplete: {p}" for p in problems[:3]), where="model.path")
 
 
 def _generator(*names: str | int) -> torch.Generator:
@@ -118,9 +161,11 @@ def positions(config: Any) -> int | None:
 def reader(model: ModelConfig, recipe: Recipe | None) -> tuple[Tokenizer, int | None]:
     """The tokenizer of a model and the most tokens it can read, without its weights."""
     if recipe is not None:
-        return recipe_tokenizer(recipe), recipe.config.get("max_position_embeddings")
+        return recipe_tokenizer(recipe), positions(AutoConfig.for_model(**recipe.config))
     tokenizer = load_tokenizer(model.path, model.trust_remote_code)
-    return tokenizer, positions(AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust_remote_code))
+    with _explained(model.path):
+        config = AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)
+    return tokenizer, positions(config)
 
 
 def recipe_tokenizer(recipe: Recipe) -> Tokenizer:
@@ -130,15 +175,18 @@ def recipe_tokenizer(recipe: Recipe) -> Tokenizer:
 
 
 def build(recipe: Recipe, folder: Path, seed: int) -> None:
-    """Writes an untrained model, its weights drawn from `seed`, and its tokenizer to `folder`."""
+    """Writes an untrained model, its weights drawn from `seed`, and its tokenizer to `folder`: all of it or nothing."""
     tokenizer = recipe_tokenizer(recipe)
     ids = {f"{name}_id": getattr(tokenizer, f"{name}_id") for name in recipe.special_tokens}
     settings = {"bos_token_id": None, **recipe.config, "vocab_size": len(tokenizer), **ids}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive(seed, "base model"))
         network = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings))
-    network.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    network.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    partial.rename(folder)
 
 
 def save(scorer: Scorer, tokenizer: Tokenizer, folder: Path, state: Mapping[str, torch.Tensor] | None = None) -> None:
@@ -153,7 +201,7 @@ def save(scorer: Scorer, tokenizer: Tokenizer, folder: Path, state: Mapping[str,
         save_file(head, folder / "value_head.safetensors")
 
 
-def open_model(path: str, device: torch.device) -> Model:
-    """A saved causal model, for sampling and scoring."""
-    config = ModelConfig(path=path)
-    return Model(load_causal(config).to(device), load_tokenizer(path), device)
+def open_model(model: ModelConfig | str, device: torch.device) -> Model:
+    """A saved causal model, by its settings or its path, for sampling and scoring."""
+    config = ModelConfig(path=model) if isinstance(model, str) else model
+    return Model(load_causal(config).to(device), load_tokenizer(config.path, config.trust_remote_code), device)

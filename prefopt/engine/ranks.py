@@ -14,19 +14,20 @@ from prefopt.errors import ResourceError
 
 
 class Ranks:
-    """This process's place among the ranks, and its device."""
+    """This process's place among the ranks, and its device. A process alone may have another device in each run."""
 
     def __init__(self, device: Literal["auto", "cpu", "cuda"] = "auto", threads: int | None = None) -> None:
         if device == "cuda" and not torch.cuda.is_available():
             raise ResourceError("no CUDA device is available", where="run.device", fix="Set run.device to auto or cpu.")
         if threads is not None:
             torch.set_num_threads(threads)
-        self.state = PartialState(cpu=device == "cpu" or not torch.cuda.is_available())
+        cpu = device == "cpu" or not torch.cuda.is_available()
+        self.state = PartialState(cpu=cpu)
         self.rank: int = self.state.process_index
         self.world: int = self.state.num_processes
-        self.device = torch.device(self.state.device)
+        self.device = torch.device(self.state.device if self.world > 1 else "cpu" if cpu else "cuda")
+        torch.use_deterministic_algorithms(self.device.type == "cpu")
         if self.device.type == "cpu":
-            torch.use_deterministic_algorithms(True)
             torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
     @property

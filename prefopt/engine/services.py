@@ -15,9 +15,9 @@ from prefopt.data.streams import generator
 from prefopt.engine.forward import Scorer as Module
 from prefopt.engine.forward import run
 from prefopt.engine.layout import units
-from prefopt.engine.models import load_classifier
+from prefopt.engine.models import load_classifier, positions
 from prefopt.engine.plan import plan
-from prefopt.errors import ConfigError
+from prefopt.errors import ConfigError, DataError
 from prefopt.rows import Rollout
 
 TOKEN_BUDGET = 16_384
@@ -34,12 +34,12 @@ class EngineServices:
         return generator(self.seed, "component", *purpose)
 
     def scorer(self, path: str) -> RewardModel:
-        """Raises `ConfigError` when there is no model at `path`."""
+        """Raises `ConfigError` when there is no reward model at `path`."""
         if find_model(path) is None:
             raise ConfigError(f"there is no reward model at `{path}`")
         tokenizer = load_tokenizer(path)
-        network = load_classifier(ModelConfig(path=path), tokenizer, seed=0)
-        return RewardModel(Module(network).to(self.device), Renderer(tokenizer), self.device)
+        network = load_classifier(ModelConfig(path=path), tokenizer, seed=None)
+        return RewardModel(Module(network).to(self.device), Renderer(tokenizer, positions(network.config)), self.device)
 
 
 @dataclass
@@ -58,8 +58,14 @@ class RewardModel:
             for group in groups
             for completion in group.completions
         ]
+        self._refuse_longer(flat)
         scores = iter(self._scores(flat, [i for i, group in enumerate(groups) for _ in group.completions]))
         return [[Score(next(scores)) for _ in group.completions] for group in groups]
+
+    def _refuse_longer(self, tokens: List[Tokens]) -> None:
+        limit, longest = self.renderer.max_length, max(map(len, tokens), default=0)
+        if limit is not None and longest > limit:
+            raise DataError(f"prompt and reply have {longest} tokens, more than the {limit} the reward model can read")
 
     @torch.no_grad()
     def _scores(self, tokens: List[Tokens], groups: List[int]) -> list[float]:

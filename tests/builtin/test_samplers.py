@@ -6,12 +6,13 @@ import pytest
 import torch
 from scipy.stats import chisquare
 
-from prefopt.api import Request
+from prefopt.api import DataError, Request
 from prefopt.builtin.samplers import Plain
 from prefopt.data.render import Tokens
 from prefopt.data.streams import derive
 from prefopt.engine.forward import Scorer, run
 from prefopt.engine.models import open_model
+from prefopt.testing.tiny import build_tiny
 
 PROMPTS = [(5, 6, 7), (8,), (9, 10, 11, 12, 13), (5, 6)]
 
@@ -72,6 +73,19 @@ def test_a_completion_ends_with_its_end_token_or_is_unfinished(model):
     assert all(len(c.ids) == 40 and end not in c.ids for c in cut)
     assert all(c.text == model.decode([i for i in c.ids if i != end]) for c in found)
     assert len({len(c.ids) for c in ended}) > 3
+
+
+@pytest.mark.parametrize("shape", [{"model_type": "gpt2"}, {"model_type": "llama"}])
+def test_a_completion_stops_where_the_model_can_read_no_further(tmp_path, shape):
+    build_tiny(tmp_path / "short", max_position_embeddings=16, **shape)
+    short = open_model(str(tmp_path / "short"), torch.device("cpu"))
+    assert short.positions == 16
+    found = Plain(max_new_tokens=40).open(short)(requests(16))
+    lengths = [len(r.prompt) + len(c.ids) for r, c in zip(requests(16), found, strict=True)]
+    assert max(lengths) == 16
+    assert all(size == 16 for size, c in zip(lengths, found, strict=True) if not c.finished)
+    with pytest.raises(DataError, match="a prompt has 16 tokens, and the model can read 16"):
+        Plain().open(short)([Request((5,) * 16, 0)])
 
 
 def test_temperature_sharpens(model):

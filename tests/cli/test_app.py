@@ -98,10 +98,13 @@ def test_validate_says_what_a_run_will_do(config):
         (["validate", "RUN", "model.path=./none"], 2, "there is no folder"),
         (["validate", "RUN", "plugins.allow=[]"], 2, "Not allowed to load"),
         (["train", "RUN", "run.dir=a/../b"], 2, "may not climb"),
-        (["resume", "nowhere"], 2, "cannot read the file"),
+        (["resume", "nowhere"], 2, "not a run folder"),
         (["explain", "dop"], 2, "Did you mean `dpo`?"),
         (["init", "x", "--recipe", "frist"], 2, "Did you mean `first`?"),
         (["plugins", "new", "My Method"], 2, "cannot name a plugin"),
+        (["plugins", "new", "dpo"], 2, "`dpo` is taken"),
+        (["plugins", "new", "loss"], 2, "has a meaning in the module of a method"),
+        (["plugins", "new", "step_context"], 2, "has a meaning in the module of a method"),
         (["nonsense"], 2, ""),
         (["train"], 2, ""),
     ],
@@ -237,6 +240,16 @@ def test_plugins_are_listed_as_a_table_and_as_json():
     assert dpo.keys() == {"kind", "name", "distribution", "version", "summary", "paper", "source"}
 
 
+def test_the_list_says_where_components_come_from_and_what_is_missing(tmp_path, install_plugin, monkeypatch):
+    lines = call("plugins", "list")[1].splitlines()
+    assert lines[1].startswith("    Rafailov et al. 2023")
+    assert "dpo.py:" in lines[1]
+    assert not any("Not loaded" in line for line in lines)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    install_plugin(tmp_path, "broken", "import nothing_like_this")
+    assert call("plugins", "list")[1].endswith("\nNot loaded: made-broken. `prefopt plugins doctor` says why.\n")
+
+
 def test_an_empty_list_says_where_to_look(monkeypatch):
     monkeypatch.setenv("PREFOPT_PLUGINS", "")
     assert "plugins list --all" in call("plugins", "list")[1]
@@ -271,6 +284,28 @@ def test_the_doctor_names_what_is_broken_and_what_loads_torch(tmp_path, install_
     assert "clash: algorithm `dpo` is offered by made-clash, prefopt-dpo" in done.stdout
     assert "remark: loading plugins imports torch" in done.stdout
     assert "remark: algorithm `heavy` (made-heavy) has no formula to explain" in done.stdout
+
+
+NEEDY = """
+from prefopt.api import Algorithm, Needs, hookimpl
+class Needy(Algorithm):
+    name = "needy"
+    strength: float
+    def needs(self):
+        return Needs(rows={"margin"} if self.strength > 1 else set())
+@hookimpl
+def prefopt_algorithms():
+    return [Needy]
+"""
+
+
+def test_explain_does_without_settings_that_have_no_default(tmp_path, install_plugin, monkeypatch):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    install_plugin(tmp_path, "needy", NEEDY)
+    code, text = call("explain", "needy")
+    assert code == 0
+    assert "needs       depends on its settings" in text
+    assert "setting     strength (required)" in text
 
 
 def test_explain_tells_all_there_is():

@@ -10,10 +10,10 @@ from typing import Any
 import jsonschema
 import pytest
 
-from prefopt.config import dump, load_run, resolved, run_from, schema
+from prefopt.config import anchored, dump, load_run, located, redacted_keys, resolved, run_from, schema
 from prefopt.config.load import allowed_plugins
 from prefopt.config.yaml import Document, parse
-from prefopt.errors import ConfigError, PrefoptError
+from prefopt.errors import ConfigError, DataError, PrefoptError, Problem, redact
 from prefopt.registry import field_docs
 
 TEXT = """\
@@ -110,8 +110,55 @@ def test_a_moving_reference_is_whole_or_not_at_all(plugins):
 
 def test_secrets_are_not_written_out(plugins):
     text = TEXT.replace("./models/base", "./hf_abcdefghijklmnopqrstuv")
-    shown = resolved(run_from(parse(text, "f"), plugins.find))
+    config = run_from(parse(text, "f"), plugins.find)
+    shown = redact(resolved(config))
     assert shown["model"]["path"] == "./[redacted]"
+    assert list(redacted_keys(shown)) == [("model", "path")]
+
+
+def test_a_tilde_is_the_home_folder_everywhere(plugins, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    text = TEXT.replace("./models/base", "~/base").replace("pairs.jsonl.gz", "~/pairs.jsonl")
+    text = text.replace("runs/dpo", "~/runs/dpo") + "reference: {path: ~/other}\n"
+    text = text.replace("replies_gold", "reward_model, path: ~/reward")
+    config = run_from(parse(text, "f"), plugins.find)
+    paths = (config.model.path, config.data.source.path, config.run.dir, config.reference.path)
+    assert paths == ("/home/me/base", "/home/me/pairs.jsonl", "/home/me/runs/dpo", "/home/me/other")
+    assert config.eval.tasks[1].reward.path == "/home/me/reward"
+
+
+def test_what_exists_can_be_anchored(plugins, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "reward").mkdir()
+    (tmp_path / "pairs.jsonl.gz").touch()
+    text = TEXT.replace("replies_gold", "reward_model, path: reward") + "reference: {path: pairs.jsonl.gz}\n"
+    config = anchored(run_from(parse(text, "f"), plugins.find))
+    assert config.data.source.path == config.reference.path == str(tmp_path / "pairs.jsonl.gz")
+    assert config.eval.tasks[1].reward.path == str(tmp_path / "reward")
+    assert (config.model.path, config.run.dir) == ("./models/base", "runs/dpo")
+
+
+def test_problems_that_name_a_key_get_its_place():
+    document = parse(TEXT, "run.yaml")
+    named = [
+        Problem("bad", where, "fix") for where in ("model.path", "data, row 3", "reference.path", "data.jsonl:3", "")
+    ]
+    found = located(DataError(*named), document.where)
+    assert type(found) is DataError
+    assert [(p.where, p.what, p.fix) for p in found.problems] == [
+        ("run.yaml:2:9", "`model.path`: bad", "fix"),
+        ("run.yaml:3:1, row 3", "`data`: bad", "fix"),
+        ("run.yaml:1:1", "`reference.path`: bad", "fix"),
+        ("data.jsonl:3", "bad", "fix"),
+        ("", "bad", "fix"),
+    ]
+    assert str(found).startswith("run.yaml:2:9: `model.path`: bad\n    fix\n")
+
+
+def test_what_is_run_again_is_not_redacted(plugins, monkeypatch):
+    monkeypatch.setenv("MY_SERVICE_TOKEN", "pairs.jsonl.gz")
+    config = run_from(parse(TEXT, "f"), plugins.find)
+    assert run_from(Document(resolved(config)), plugins.find) == config
 
 
 def test_allowed_plugins_are_read_before_anything_else(tmp_path):

@@ -34,6 +34,8 @@ def test_every_value_has_a_place():
         ("a: 1\n\tb: 2", "f:2:1", "not YAML"),
         ("x: !!python/object:os.system y", "f:1:4", "tags are not allowed"),
         ("x: !mine y", "f:1:4", "tags are not allowed"),
+        ("a: !!int x", "f:1:4", "'x' is no int"),
+        ("a: 1\nb: !!float x", "f:2:4", "'x' is no float"),
         ("1: x", "f:1:1", "key must be text"),
         ("? [a]\n: x", "f:1:3", "key must be text"),
         ("a: &x {b: 1}\nc: {<<: *x}", "f:2:5", "merge keys"),

@@ -199,3 +199,12 @@ def test_a_data_set_that_cannot_be_loaded_says_why(tmp_path, name, split):
     with pytest.raises(DataError, match="cannot load the data set") as caught:
         read_hub(str(path) if name == "saved" else name, None, split, None)
     assert f", split {split}" in caught.value.problems[0].where
+
+
+def test_a_damaged_gzip_file_is_a_data_error(tmp_path):
+    whole = gzip.compress(b'{"prompt": "a"}\n' * 200)
+    path = tmp_path / "rows.jsonl.gz"
+    path.write_bytes(whole[:12] + bytes(x ^ 255 for x in whole[12:30]) + whole[30:])
+    with pytest.raises(DataError, match="cannot read the file") as caught:
+        read_jsonl(path)
+    assert caught.value.problems[0].where == str(path)
