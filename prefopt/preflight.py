@@ -166,6 +166,8 @@ def _check_data(data: DataConfig, where: str, config: RunConfig) -> None:
 
 
 def _check_mix(data: MixConfig, config: RunConfig) -> None:
+    if config.algorithm.trains_reward:
+        raise ConfigError("a reward model has no likelihood to mix in", where="data.mix", fix="Leave it out.")
     adapt(_peek(data, config.run.seed, "data.mix")[:1], Demonstration)
 
 

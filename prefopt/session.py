@@ -12,6 +12,7 @@ from collections.abc import Sequence as List
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from shutil import rmtree
 from typing import Any
@@ -145,10 +146,6 @@ class Session:
         self.tokenizer = load_tokenizer(self.model.path, self.model.trust_remote_code)
         scorer = self._scorer(self.model)
         inputs = Inputs.of(config, self.tokenizer, positions(scorer.network.config), self.services)
-        if inputs.mix is not None:  # never ignored in silence: the loop does not add its loss yet
-            raise ConfigError(
-                "this version reads data.mix but cannot train on it yet", where="data.mix", fix="Remove it."
-            )
         inputs.check()
         if self.ranks.main:
             write_rejects(self.folder.path / "rejects.jsonl", inputs.rejects)
@@ -156,7 +153,7 @@ class Session:
         forwarder = Forwarder(self.ranks.wrap(scorer), self.ranks, self._budget, config.optim.precision)
         optimizer = Optimizer(scorer, config.optim)
         data = (inputs.assembler, inputs.order, inputs.total)
-        loop = Loop(config.algorithm, config.optim, *data, config.run.seed, forwarder, optimizer, reference)
+        loop = Loop(config.algorithm, config.optim, *data, config.run.seed, forwarder, optimizer, reference, inputs.mix)
         evaluator = self._evaluator(loop, inputs.held_out)
         if isinstance(reference, Cached):
             self._fill(reference, loop, evaluator)
@@ -219,13 +216,12 @@ class Session:
 
     def _fill(self, reference: Cached, loop: Loop, evaluator: Evaluator | None) -> None:
         """Scores every sequence the run will meet, while the reference is still there, and lets it go."""
-        steps = (loop.order.step(step) for step in range(loop.total))
-        for built in (*map(loop.assembler, steps), evaluator.built if evaluator is not None else None):
+        steps = (loop.assembler(loop.order.step(step)) for step in range(loop.total))
+        for built in chain(steps, [evaluator.built if evaluator is not None else None]):
             if built is not None:
                 part = built.select(asked(built, loop.algorithm, "reference_logps"))
-                reference.share(part.tokens, part.groups, self.ranks)
-                loop.forwarder.meter.forward += sum(map(len, part.tokens))
-        loop.assembler.counts.clear()
+                loop.forwarder.meter.forward += reference.share(part.tokens, part.groups, self.ranks)
+        loop.recount({})
         reference.close()
 
     # --- evaluation -------------------------------------------------------------------------------------------------
@@ -334,8 +330,7 @@ class Session:
         _, saved = found
         loop.progress = Progress(**saved.state)
         loop.forwarder.meter = Meter(**loop.progress.meter)
-        loop.assembler.counts.clear()
-        loop.assembler.counts.update(loop.progress.counts)
+        loop.recount(loop.progress.counts)
         loop.state.update(saved.tensors.get("algorithm", {}))
         checkpoints.load_tied(loop.scorer, saved.tensors["model"])
         loop.optimizer.load(saved.tensors.get("optimizer", {}))

@@ -18,6 +18,7 @@ from prefopt.batch import StepContext
 from prefopt.components import Algorithm
 from prefopt.config import OptimConfig
 from prefopt.data.assemble import Assembled, Assembler
+from prefopt.data.mix import Mix
 from prefopt.data.streams import Order, derive
 from prefopt.engine.backward import backward
 from prefopt.engine.columns import Forwarder, fill
@@ -59,6 +60,7 @@ class Loop:
     forwarder: Forwarder
     optimizer: Optimizer
     reference: Reference | None
+    mix: Mix | None = None
     progress: Progress = field(default_factory=Progress)
     state: dict[str, Tensor] = field(default_factory=dict)
 
@@ -80,7 +82,7 @@ class Loop:
             self.progress.skipped += 1
             return epoch | {"rows/none_left": 1.0}
         built, recorded = self.prepared(built, self.context(step, self.state))
-        return epoch | recorded | self.update(built)
+        return epoch | recorded | self.update(built, self.mix.step(step) if self.mix is not None else None)
 
     def context(self, step: int, state: dict[str, Tensor]) -> StepContext:
         """What `prepare` may use: random streams named by seed, step and purpose."""
@@ -97,9 +99,14 @@ class Loop:
             batch = self.algorithm.prepare(built.batch, ctx)
         return Assembled(batch, built.tokens), ctx.recorded
 
-    def update(self, built: Assembled) -> dict[str, float]:
-        """One minibatch: the gradients of all its microbatches, and an update if the algorithm accepts them."""
+    def update(self, built: Assembled, mixed: Assembled | None = None) -> dict[str, float]:
+        """One minibatch: the gradients of all its microbatches, those of what is mixed in, and an update if the
+        algorithm accepts them."""
         metrics = backward(self.algorithm, self.forwarder, built)
+        if self.mix is not None and mixed is not None:
+            found = backward(self.mix.algorithm, self.forwarder, mixed)
+            metrics["loss/total"] += found["loss/total"]
+            metrics |= {f"mix/{name}": x for name, x in found.items()}
         metrics["gradient/norm"] = float(self.optimizer.clip())
         self._must_be_finite(metrics)
         rate = learning_rate(self.optim, self.progress.updates, self.total)
@@ -142,8 +149,17 @@ class Loop:
         }
         return {name: tensors for name, tensors in groups.items() if tensors}
 
+    def recount(self, counts: Mapping[str, int]) -> None:
+        """Sets what was counted of the rows, as `snapshot` keeps it."""
+        for assembler, prefix in ((self.assembler, ""), (self.mix.assembler if self.mix else None, "mix/")):
+            if assembler is not None:
+                assembler.counts.clear()
+                own = {name: n for name, n in counts.items() if name.startswith("mix/") == bool(prefix)}
+                assembler.counts.update({name.removeprefix(prefix): n for name, n in own.items()})
+
     def snapshot(self) -> dict[str, Any]:
         """Everything else a checkpoint holds."""
         self.progress.meter = asdict(self.forwarder.meter)
-        self.progress.counts = {name: n for name, n in sorted(self.assembler.counts.items()) if n}
+        mixed = {f"mix/{name}": n for name, n in self.mix.assembler.counts.items()} if self.mix is not None else {}
+        self.progress.counts = {name: n for name, n in sorted({**self.assembler.counts, **mixed}.items()) if n}
         return asdict(self.progress)

@@ -49,6 +49,7 @@ class Cached:
         self.source: Resident | None = source
         self.store = store
         self.salt = fingerprint(source)
+        self.shared: set[bytes] = set()
 
     def logps(self, tokens: Sequence[Tokens], groups: Sequence[int]) -> list[Tensor]:
         places = members(groups)
@@ -66,9 +67,14 @@ class Cached:
     def cost(self, tokens: Sequence[Tokens]) -> int:
         return 0
 
-    def share(self, tokens: Sequence[Tokens], groups: Sequence[int], ranks: Ranks) -> None:
-        """Scores what is missing, each rank its part, and gives every rank all of it."""
-        parts = {self._key(part): part for part in ([tokens[i] for i in index] for index in members(groups))}
+    def share(self, tokens: Sequence[Tokens], groups: Sequence[int], ranks: Ranks) -> int:
+        """Scores what is missing, each rank its part, and gives every rank all of it. Returns the tokens of the groups
+        that were not shared before, whether or not they were on disk: what a run costs does not depend on that."""
+        keyed = ((self._key(part), part) for part in ([tokens[i] for i in index] for index in members(groups)))
+        parts = {key: part for key, part in keyed if key not in self.shared}
+        self.shared.update(parts)
+        if not parts:
+            return 0
         have = self.store.get(list(parts))
         lacking = ranks.sum(torch.tensor([float(key not in have) for key in parts]))
         missing = [key for key, ranks_without in zip(parts, lacking.tolist(), strict=True) if ranks_without]
@@ -78,6 +84,7 @@ class Cached:
             if i % ranks.world == ranks.rank:
                 into.copy_(self._score(parts[key]))
         self.store.put(dict(zip(missing, torch.split(ranks.sum(values), sizes), strict=True)))
+        return sum(len(t) for part in parts.values() for t in part)
 
     def _score(self, part: Sequence[Tokens]) -> Tensor:
         assert self.source is not None, "a group was not scored before the reference was given up"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 
@@ -88,7 +89,17 @@ def test_held_out_rows_have_no_mix(inputs, tmp_path):
         inputs(data=data, eval={"every": 1, "data": {**data, "mix": data}})
 
 
-def test_what_is_mixed_in_is_refused_rather_than_ignored(train_tiny, tmp_path):
-    data = source(tmp_path / "d.jsonl", tiny_rows("demonstration"))
-    with pytest.raises(ConfigError, match="cannot train on it yet"):
-        train_tiny(data={**data, "mix": data})
+def test_the_loss_of_what_is_mixed_in_is_added_and_told_apart(train_tiny, tmp_path):
+    """The first step of DPO costs log 2, for policy and reference are one; the rest is the mixture's."""
+    mixed = source(tmp_path / "m.jsonl", tiny_rows("demonstration"))
+    result = train_tiny(algorithm={"name": "dpo"}, data={"mix": {**mixed, "weight": 0.5}})
+    first = json.loads((result.folder / "metrics.jsonl").read_text().splitlines()[0])
+    assert first["loss/total"] == pytest.approx(math.log(2) + 0.5 * first["mix/loss/nll"], abs=1e-5)
+    assert first["mix/loss/total"] == pytest.approx(0.5 * first["mix/loss/nll"])
+    assert result.budget["backward"] > train_tiny("alone", algorithm={"name": "dpo"}).budget["backward"]
+
+
+def test_a_reward_model_has_nothing_to_mix_in(train_tiny, tmp_path):
+    mixed = source(tmp_path / "m.jsonl", tiny_rows("demonstration"))
+    with pytest.raises(ConfigError, match="a reward model has no likelihood to mix in"):
+        train_tiny(algorithm={"name": "reward_model"}, data={"mix": mixed})

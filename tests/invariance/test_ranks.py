@@ -16,6 +16,7 @@ from prefopt.config import dump, resolved
 from prefopt.session import train
 from prefopt.testing.tiny import tiny_config
 
+MIX = {"source": "replies", "size": 20, "weight": 0.5, "batch_size": 3, "max_length": 40, "overflow": "truncate"}
 RUNS = {
     "sft": {"algorithm": {"name": "sft"}, "eval": {"every": 3, "rows": 4, "samples": 2}},
     "reward_model": {"algorithm": {"name": "reward_model", "centre": 0.01}},
@@ -26,6 +27,7 @@ RUNS = {
         "optim": {"batch_size": 5, "token_budget": 60, "lr": 1e-3},
     },  # ranks with idle turns
     "coupled": {"algorithm": {"name": "sorted"}, "optim": {"batch_size": 6, "token_budget": 60, "lr": 1e-3}},
+    "mixed": {"algorithm": {"name": "dpo"}, "data": {"mix": MIX}},
     "plain": {"algorithm": {"name": "dpo"}, "optim": {"lr": 1e-3, "forward": "plain"}},
 }
 SCRIPT = Path(__file__).parent / "train_all.py"

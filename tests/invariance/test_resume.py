@@ -15,10 +15,12 @@ from prefopt.plugins import load
 from prefopt.session import train
 from prefopt.testing.tiny import tiny_config
 
+MIX = {"source": "replies", "size": 20, "weight": 0.5, "batch_size": 3, "max_length": 40, "overflow": "truncate"}
 RUNS = {
     "sft": {"algorithm": {"name": "sft"}, "eval": {"every": 3, "samples": 2, "rows": 4}},
     "reward_model": {"algorithm": {"name": "reward_model", "margin": True}, "eval": {"every": 3, "rows": 4}},
     "dpo": {"algorithm": {"name": "dpo"}, "eval": {"every": 3, "samples": 2, "rows": 4}},
+    "dpo, mixed": {"algorithm": {"name": "dpo"}, "data": {"mix": MIX}},
     "dpo, moving reference": {"algorithm": {"name": "dpo"}, "reference": {"every": 2, "mix": 0.5}},
     "dpo, best kept": {
         "algorithm": {"name": "dpo"},
