@@ -78,7 +78,7 @@ class Component(BaseModel):
     A field annotated with a kind (`reward: RewardSource`) accepts any component of that kind by its name.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, defer_build=True)
 
     kind: ClassVar[str] = "component"
     key: ClassVar[str] = "name"

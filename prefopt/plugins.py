@@ -111,6 +111,8 @@ def _load_one(entry: EntryPoint, name: str, version: str, plugins: Plugins) -> N
     if not trial.get_hookcallers(module):
         raise TypeError(f"`{entry.value}` implements no hook: did you forget @hookimpl?")
     classes = [_checked(cls, hook, kind) for hook, kind in HOOKS.items() for cls in _contributed(trial, hook)]
+    for cls in classes if name != CORE else ():
+        cls.model_rebuild()  # a plugin whose settings make no sense is broken here, and not when it is used
     plugins.manager.register(module, f"{name}:{entry.name}")
     for cls in classes:
         plugins.registry.add(cls, name, version)

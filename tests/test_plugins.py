@@ -38,6 +38,7 @@ BAD = {
     "bad-name": good("a b"),
     "raises": "from prefopt.api import hookimpl\n@hookimpl\ndef prefopt_algorithms(): raise RuntimeError('no')",
     "bad-needs": "raise ValueError('at import')",
+    "bad-field": good("x").replace("Comparison\n@", "Comparison\n    field: open\n@"),
     "returns-none": "from prefopt.api import hookimpl\n@hookimpl\ndef prefopt_algorithms(): return 5",
 }
 
