@@ -90,7 +90,7 @@ def hooks() -> Iterator[str]:
     yield "`prefopt.api`, `prefopt.maths`, and in tests `prefopt.testing`.\n"
     for name in api.__all__:
         lines = (inspect.getdoc(getattr(api, name)) or "").strip().splitlines()
-        plain = lines and not lines[0].startswith(("dict(", "Union type", "Represent"))
+        plain = lines and not lines[0].startswith(("dict(", "Union type", "Represent", "Runtime representation"))
         yield f"- `{name}`: {lines[0]}" if plain else f"- `{name}`"
     yield "\n# What an algorithm may ask for\n"
     yield "| name | in `Needs` | shape and meaning |\n|---|---|---|"

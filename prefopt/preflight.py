@@ -16,7 +16,7 @@ from prefopt.config import DataConfig, RunConfig, located, read_document
 from prefopt.config.models import MixConfig, RowsConfig
 from prefopt.config.yaml import Keys
 from prefopt.data.adapt import adapt
-from prefopt.data.check import Policy, screened
+from prefopt.data.check import Policy, place, screened
 from prefopt.data.source import verdict
 from prefopt.data.streams import generator
 from prefopt.errors import ConfigError, DataError, PluginError, PrefoptError, Problem
@@ -154,12 +154,12 @@ def _check_data(data: DataConfig, where: str, config: RunConfig) -> None:
     adapt(rows[:1], wanted)
     needed = _needs(config.algorithm).rows
     problems = []
-    for row in rows:
+    for i, row in enumerate(rows):
         for sequence in (s for new in adapt([row], wanted) for s in new.sequences(0)):
             missing = sorted(needed - sequence.fields.keys())
             if missing:
                 what = f"algorithm `{config.algorithm.name}` needs `{', '.join(missing)}`, which this row does not have"
-                problems.append(Problem(what, f"{where}, row {row.index}"))
+                problems.append(Problem(what, f"{where}, {place(rows, i)}"))
                 break
     if problems and data.on_bad_row == "stop":
         raise DataError(*problems[:5])
@@ -171,12 +171,12 @@ def _check_mix(data: MixConfig, config: RunConfig) -> None:
     adapt(_peek(data, config.run.seed, "data.mix")[:1], Demonstration)
 
 
-def _peek(data: RowsConfig, seed: int, where: str) -> list[Row]:
+def _peek(data: RowsConfig, seed: int, where: str) -> Sequence[Row]:
     """The first rows; bad ones are an error, or left out where they may be dropped."""
     rows = data.source.peek(_Light(seed))
     if not len(rows):
         raise DataError("the data source has no rows", where=where)
-    return list(screened(rows, Policy(data.on_bad_row == "drop", len(rows)))[0])
+    return screened(rows, Policy(data.on_bad_row == "drop", len(rows)))[0]
 
 
 def world_recipe(path: str, find: Callable[[str, str], type[Component]]) -> Recipe | None:

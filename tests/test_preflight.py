@@ -79,7 +79,8 @@ def test_rows_without_a_number_the_algorithm_asks_for(found, tiny_model, tmp_pat
     run = config(found, tiny_model, tmp_path, algorithm={"name": "reward_model", "margin": True}, data=data)
     with pytest.raises(DataError) as caught:
         check(run, found.registry)
-    assert [p.where for p in caught.value.problems] == ["data, row 3", "data, row 5"]
+    path = data["path"]
+    assert [p.where for p in caught.value.problems] == [f"data, row 3, {path}:4", f"data, row 5, {path}:6"]
 
 
 def test_held_out_rows_are_checked_too(found, tiny_model, tmp_path):

@@ -117,7 +117,7 @@ class Hub(Tabular):
 
     name = "hub"
 
-    path: str
+    path: UserPath
     """Its name on the hub, or the folder."""
     split: str = "train"
     """Which split."""

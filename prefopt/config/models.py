@@ -163,7 +163,7 @@ class ReferenceConfig(Section):
     """Move the reference towards the policy every so many steps (TR-DPO, arXiv:2404.09656)."""
     mix: Annotated[float, Field(gt=0, le=1)] | None = None
     """The policy's share when the reference moves."""
-    store: str | None = None
+    store: UserPath | None = None
     """Folder that keeps cached values; runs may share it. Default: the run's own."""
 
     @model_validator(mode="after")
