@@ -38,8 +38,14 @@ if TYPE_CHECKING:
     import torch
 
 
+DATA = "$PREFOPT_DATA"
+
+
 def expanded(path: str) -> str:
-    """`path` with `~` replaced by the home folder."""
+    """`path` with `~` replaced by the home folder, and `$PREFOPT_DATA` at its beginning by that variable (`../shared`
+    when it is not set)."""
+    if path == DATA or path.startswith(f"{DATA}/"):
+        return os.environ.get("PREFOPT_DATA", "../shared") + path.removeprefix(DATA)
     return os.path.expanduser(path)
 
 
@@ -326,6 +332,10 @@ class Subject(Protocol):
 
     def log_ratios(self, rollouts: List[Rollout]) -> list[list[float]] | None:
         """log p(completion) under the model minus under the baseline, in nats; None where the model has no density."""
+
+    def mean_logps(self, rollouts: List[Rollout]) -> list[list[float | None]] | None:
+        """Mean log-probability of a token of each completion, in nats; None for one the model cannot read whole, and
+        for all where the model has no density."""
 
     def kl_bound(self) -> float | None:
         """An upper bound on the KL divergence, in nats, where there is no density but a bound is known."""

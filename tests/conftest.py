@@ -4,12 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from prefopt.config import RunConfig, run_from
 from prefopt.config.yaml import parse
 from prefopt.plugins import Plugins, load
+
+TOGETHER = ("bench/test_suite.py", "bench/worlds/test_replies.py", "invariance/test_ranks.py", "tests/test_wheels.py")
+"""Files whose tests share something costly: one process runs them all."""
+LONG = ("test_commands_run_as_written",)
+"""Tests that begin before the many short ones, so that no process is left with them at the end."""
+
+
+def pytest_xdist_make_scheduler(config: Any, log: Any) -> Any:
+    """Tests one by one to whichever process is free, those of `TOGETHER` file by file."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return file if file.endswith(TOGETHER) else nodeid
+
+    return Scheduling(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The long ones first."""
+    items.sort(key=lambda item: not item.name.startswith(LONG))
 
 
 @pytest.fixture(scope="session")

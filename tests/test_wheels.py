@@ -87,9 +87,6 @@ def build(source: Path, out: Path) -> Path:
     return wheel
 
 
-pytestmark = pytest.mark.xdist_group("wheels")  # one process makes what they share
-
-
 @pytest.fixture(scope="module")
 def wheels(tmp_path_factory) -> dict[str, Path]:
     out = tmp_path_factory.mktemp("wheels")

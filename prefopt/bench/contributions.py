@@ -1,7 +1,7 @@
 """What the harness contributes, through the same hooks as every plugin: worlds and measurements."""
 
 from prefopt.api import DataSource, Judge, RewardSource, Task, World, hookimpl
-from prefopt.bench.tasks import Divergence, GoldReward, Length, RewardQuality, WinRate
+from prefopt.bench.tasks import Divergence, GoldReward, Length, PreferenceAccuracy, RewardQuality, WinRate
 from prefopt.bench.worlds.replies.annotators import Annotators
 from prefopt.bench.worlds.replies.gold import Gold
 from prefopt.bench.worlds.replies.world import Replies, RepliesData
@@ -29,4 +29,4 @@ def prefopt_judges() -> list[type[Judge]]:
 
 @hookimpl
 def prefopt_tasks() -> list[type[Task]]:
-    return [GoldReward, WinRate, Divergence, Length, RewardQuality]
+    return [GoldReward, WinRate, Divergence, Length, PreferenceAccuracy, RewardQuality]

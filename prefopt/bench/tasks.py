@@ -83,6 +83,29 @@ class Length(Task):
         return {"length": fmean(len(c.ids or ()) for c in drawn), "finished": fmean(c.finished for c in drawn)}
 
 
+class PreferenceAccuracy(Task):
+    """Share of held-out comparisons whose chosen completion has the higher mean log-probability of a token, a tie being
+    one half; and the same by the implicit reward, log policy - log baseline, where there is a baseline. Ties of the
+    label, and pairs the model cannot read whole, are left out; `preference_pairs` counts the rest."""
+
+    name = "preference_accuracy"
+
+    def evaluate(self, subject: Subject) -> Mapping[str, float]:
+        rows = [row for row in subject.rows if adaptable(type(row), Comparison)]
+        pairs = [p for p in adapt(rows, Comparison) if isinstance(p, Comparison) and p.preference != 0.5]
+        means = subject.mean_logps(_as_rollouts(pairs))
+        if means is None:
+            return {}
+        told = [(pair, a - b) for pair, (a, b) in zip(pairs, means, strict=True) if a is not None and b is not None]
+        if not told:
+            raise ConfigError("task `preference_accuracy` needs held-out comparisons that the model can read")
+        metrics = {"preference_accuracy": fmean(_half_step(margin) for _, margin in told)}
+        ratios = subject.log_ratios(_as_rollouts([pair for pair, _ in told]))
+        if ratios is not None:
+            metrics["implicit_accuracy"] = fmean(_half_step(a - b) for a, b in ratios)
+        return {**metrics, "preference_pairs": float(len(told))}
+
+
 class RewardQuality(Task):
     """How well a reward model predicts held-out comparisons, or the pairs of rankings: accuracy and calibration against
     the labels, and agreement with a reference reward. Pairs without a better side are left out of accuracy."""

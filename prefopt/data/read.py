@@ -14,6 +14,7 @@ import json
 import os
 import re
 import tempfile
+import weakref
 import zlib
 from abc import ABC, abstractmethod
 from array import array
@@ -109,6 +110,7 @@ class Pieces(Records):
 
     def __init__(self, path: Path, file: BinaryIO, cuts: Cut, decode: Callable[[bytes], Fields]) -> None:
         self.name, self.file, self.decode = str(path), file, decode
+        weakref.finalize(self, file.close)
         self.lines, self.starts, self.sizes = array("q"), array("q"), array("q")
         for line, start, size in cuts:
             self.lines.append(line)

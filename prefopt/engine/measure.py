@@ -71,6 +71,18 @@ class Measured:
         sums = iter([float(x.double().sum()) for x in found])
         return [[next(sums) for _ in group.completions] for group in rollouts]
 
+    def mean_logps(self, rollouts: List[Rollout]) -> list[list[float | None]] | None:
+        if self.policy is None:
+            return None
+        found: list[list[float | None]] = []
+        reader, limit = Resident(Module(self.policy.network), self.policy.device, TOKEN_BUDGET), self.policy.positions
+        for group in rollouts:
+            tokens = [self.renderer.tokens(group.prompt, completion) for completion in group.completions]
+            fits = [limit is None or len(t) <= limit for t in tokens]
+            logps = iter(reader.logps([t for t, ok in zip(tokens, fits, strict=True) if ok], [0] * sum(fits)))
+            found.append([float(next(logps).double().mean()) if ok else None for ok in fits])
+        return found
+
     def kl_bound(self) -> float | None:
         return self.bound
 

@@ -53,9 +53,6 @@ workers: 2
 """
 
 
-pytestmark = pytest.mark.xdist_group("suite")  # one process makes what they share
-
-
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory) -> tuple[Path, list[str]]:
     """A suite that has run, in a folder whose name happens to be a secret."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from prefopt.api import Comparison, Completion, ConfigError, Prompt, Ranking, RewardSource, Rollout, Row, Score
-from prefopt.bench.tasks import Divergence, GoldReward, Length, RewardQuality, WinRate
+from prefopt.bench.tasks import Divergence, GoldReward, Length, PreferenceAccuracy, RewardQuality, WinRate
 from prefopt.data.adapt import adapt
 
 
@@ -40,6 +40,7 @@ class Fixed:
     bound: float | None = None
     rows: Sequence[Row] = ()
     judged: list[list[float]] | None = None
+    means: list[list[float | None]] | None = None
 
     def rollouts(self, n):
         assert all(len(group.completions) == n for group in self.ours)
@@ -50,6 +51,9 @@ class Fixed:
 
     def log_ratios(self, rollouts):
         return self.ratios
+
+    def mean_logps(self, rollouts):
+        return self.means
 
     def kl_bound(self):
         return self.bound
@@ -145,3 +149,20 @@ def test_a_part_that_some_scores_do_not_have_is_left_out():
 def test_reward_quality_needs_comparisons():
     with pytest.raises(ConfigError, match="needs held-out comparisons"):
         RewardQuality().evaluate(Fixed(rows=[Prompt(prompt="p")], judged=[]))
+
+
+def test_preference_accuracy_is_the_share_of_pairs_with_the_likelier_token_on_the_chosen_side():
+    means = [[-1.0, -2.0], [-3.0, -2.0], [-1.5, -1.5], [None, -1.0]]
+    ratios = [[0.5, -0.5], [0.1, 0.0], [0.0, 2.0]]
+    subject = Fixed(rows=[pair(1.0), pair(1.0), pair(0.9), pair(1.0)], means=means, ratios=ratios)
+    assert PreferenceAccuracy().evaluate(subject) == {
+        "preference_accuracy": pytest.approx(1.5 / 3),
+        "implicit_accuracy": pytest.approx(2 / 3),
+        "preference_pairs": 3.0,
+    }
+
+
+def test_preference_accuracy_leaves_out_ties_and_models_without_a_density():
+    assert PreferenceAccuracy().evaluate(Fixed(rows=[pair(1.0)])) == {}
+    with pytest.raises(ConfigError, match="needs held-out comparisons that the model can read"):
+        PreferenceAccuracy().evaluate(Fixed(rows=[pair(0.5)], means=[]))

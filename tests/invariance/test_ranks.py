@@ -34,9 +34,6 @@ SCRIPT = Path(__file__).parent / "train_all.py"
 quiet_plugins = runpy.run_path(str(SCRIPT))["quiet_plugins"]
 
 
-pytestmark = pytest.mark.xdist_group("ranks")  # one process makes what they share
-
-
 @pytest.fixture(scope="module")
 def trained(tiny_model, tmp_path_factory) -> Path:
     """Every run once alone and once on two ranks, in `one/NAME` and `two/NAME`."""

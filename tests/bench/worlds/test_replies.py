@@ -20,9 +20,6 @@ from prefopt.session import default_sampler, train
 RECIPE = Path(__file__).parents[3] / "prefopt" / "recipes" / "first"
 
 
-pytestmark = pytest.mark.xdist_group("replies")  # one process makes what they share
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, plugins) -> Path:
     """The models of the first recipe: SFT, and a reward model on 2,000 noisy comparisons."""
