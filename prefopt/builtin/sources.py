@@ -6,11 +6,11 @@ from collections.abc import Sequence as List
 from pathlib import Path
 from typing import Literal, TypeVar
 
-from pydantic import Field, field_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
 
 from prefopt.api import DataSource, Row, Services, UserPath
 from prefopt.data.formats import BY_NAME
-from prefopt.data.read import Records, read_csv, read_hub, read_json, read_jsonl, read_parquet
+from prefopt.data.read import Part, Records, read_csv, read_hub, read_json, read_jsonl, read_parquet
 from prefopt.data.source import PEEK, Labels, Value, rows_of
 from prefopt.errors import did_you_mean
 
@@ -33,6 +33,10 @@ class Tabular(DataSource):
     """What the file calls our fields: a column, a dotted path into it, or several to be joined."""
     labels: dict[Label, Value | list[Value]] = Field({})
     """Which values of a label column stand for `a`, `b`, `tie`, `desirable` or `undesirable`."""
+    start: NonNegativeInt = 0
+    """The first record to read, counted from 0."""
+    stop: PositiveInt | None = None
+    """The record to stop before. Default: none."""
 
     @field_validator("format")
     @classmethod
@@ -45,7 +49,15 @@ class Tabular(DataSource):
         """The records, or the first of them."""
         raise NotImplementedError
 
+    @model_validator(mode="after")
+    def _has_room(self) -> Tabular:
+        if self.stop is not None and self.stop <= self.start:
+            raise ValueError("`stop` must be greater than `start`")
+        return self
+
     def _rows(self, records: Records) -> List[Row]:
+        if self.start or self.stop is not None:
+            records = Part(records, self.start, self.stop)
         columns = {ours: _frozen(theirs) for ours, theirs in self.columns.items()}
         labels: Labels = {ours: _frozen(theirs) for ours, theirs in self.labels.items()}
         return rows_of(records, self.format, columns, labels)
@@ -58,7 +70,7 @@ class Tabular(DataSource):
         return self.rows()
 
     def peek(self, services: Services) -> List[Row]:
-        return self._rows(self.records(PEEK))
+        return self._rows(self.records(self.start + PEEK))
 
 
 class File(Tabular):

@@ -82,6 +82,25 @@ class Records(ABC):
             raise error.at(where) from None
 
 
+class Part(Records):
+    """The records of others from `start` up to `stop`. Raises `DataError` when there are none."""
+
+    def __init__(self, whole: Records, start: int, stop: int | None) -> None:
+        self.name, self.whole = whole.name, whole
+        self.range = range(*slice(start, stop).indices(len(whole)))
+        if not self.range:
+            raise DataError(f"there are {len(whole)} rows, and none from {start} on", where=whole.name)
+
+    def __len__(self) -> int:
+        return len(self.range)
+
+    def where(self, index: int) -> str:
+        return self.whole.where(self.range[index])
+
+    def fields(self, index: int) -> Fields:
+        return self.whole.fields(self.range[index])
+
+
 def _unique(pairs: list[tuple[str, Any]]) -> Fields:
     data = dict(pairs)
     if len(data) < len(pairs):

@@ -9,6 +9,7 @@ from prefopt.data.read import Cell, Listed
 from prefopt.data.source import rows_of, verdict
 from prefopt.errors import DataError
 from prefopt.rows import Comparison, Completion, Demonstration
+from prefopt.testing.tiny import write_rows
 
 PAIR = {"prompt": "p", "chosen": "c", "rejected": "r"}
 
@@ -121,3 +122,16 @@ def test_rows_that_are_all_bad_are_never_all_dropped():
 def test_rows_a_source_has_made_are_taken_as_they_are():
     made = [Comparison(prompt="p", chosen=Completion("a"), rejected=Completion("b"))]
     assert screened(made, Policy()) == (made, [])
+
+
+def test_a_part_of_a_file_keeps_its_lines(tmp_path, plugins):
+    path = write_rows(tmp_path / "x.jsonl", [{"prompt": f"p{i}"} for i in range(10)])
+    part = plugins.find("data source", "jsonl").model_validate({"path": str(path), "start": 7, "stop": 9}).rows()
+    assert [(row.prompt, row.index, part.where(row.index)) for row in part] == [
+        ("p7", 0, f"{path}:8"),
+        ("p8", 1, f"{path}:9"),
+    ]
+    with pytest.raises(DataError, match="there are 10 rows, and none from 10 on"):
+        plugins.find("data source", "jsonl").model_validate({"path": str(path), "start": 10}).rows()
+    with pytest.raises(ValueError, match="`stop` must be greater than `start`"):
+        plugins.find("data source", "jsonl").model_validate({"path": str(path), "start": 3, "stop": 3})
