@@ -55,7 +55,8 @@ def test_missing_weights_are_not_drawn_at_random(copy, load):
 
 def test_tied_weights_are_not_missing(tmp_path):
     build_tiny(tmp_path / "tied", tie_word_embeddings=True)
-    load_causal(ModelConfig(path=str(tmp_path / "tied")))
+    network = load_causal(ModelConfig(path=str(tmp_path / "tied")))
+    assert network.lm_head.weight is network.model.embed_tokens.weight
 
 
 def test_a_policy_is_no_reward_model_and_a_reward_model_no_policy(tiny_model, tmp_path):
