@@ -43,7 +43,8 @@ def test_commands_run_as_written(page, tmp_path):
     commands = [line[2:] for text in blocks(page, "console") for line in text.splitlines() if line.startswith("$ ")]
     assert commands
     bin_folder = Path(sys.executable).parent
-    environment = {**os.environ, "PATH": f"{bin_folder}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    unobserved = {key: value for key, value in os.environ.items() if not key.startswith("COVERAGE")}
+    environment = {**unobserved, "PATH": f"{bin_folder}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
     after = [] if page.name != "tutorial.md" else [f"python -c '{blocks(page, 'python')[0]}'"]
     script = "\n".join(["set -e", *commands, *after])
     done = subprocess.run(

@@ -49,7 +49,8 @@ def trained(tiny_model, tmp_path_factory) -> Path:
         path.write_text(dump(resolved(config)))
         files.append(str(path))
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    unobserved = {key: value for key, value in os.environ.items() if not key.startswith("COVERAGE")}
+    environment = {**unobserved, "OMP_NUM_THREADS": "1"}
     subprocess.run([*launch, "--standalone", str(SCRIPT), *files], check=True, env=environment, timeout=300)
     return root
 
