@@ -51,7 +51,9 @@ from prefopt.plugins import Plugins
 from prefopt.preflight import check, world_recipe
 from prefopt.rows import Prompt, Rollout, Row
 
-TOKEN_BUDGET = {"cpu": 1024, "cuda": 16_384}
+TOKEN_BUDGET = {"small": 8192, "cpu": 1024, "cuda": 16_384}
+SMALL = 10_000_000
+"""Weights up to which a CPU is kept busy by many tokens at a time rather than by large matrices."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,7 @@ class Session:
     folder: RunFolder
     warn: Callable[[str], None]
     failed_observers: set[str] = field(default_factory=set)
+    _small: bool = False
 
     def run(self) -> Result:
         began = time.perf_counter()
@@ -184,13 +187,15 @@ class Session:
     def _on_device(self, scorer: Scorer) -> Scorer:
         """The scorer with the fastest paths that hold for it."""
         scorer.to(self.ranks.device)
+        size = sum(p.numel() for p in scorer.network.parameters())
+        self._small = size <= SMALL and self.ranks.device.type == "cpu"
         if self.config.optim.forward == "fast":
             scorer.paths = probe(scorer, self.warn if self.ranks.main else _unsaid, self.config.optim.head_bytes)
         return scorer
 
     @property
     def _budget(self) -> int:
-        return self.config.optim.token_budget or TOKEN_BUDGET[self.ranks.device.type]
+        return self.config.optim.token_budget or TOKEN_BUDGET["small" if self._small else self.ranks.device.type]
 
     def _reference(self, scorer: Scorer) -> Reference | None:
         """The reference, if the algorithm needs one. Without a path it is the policy as it is now, before training."""
