@@ -58,7 +58,16 @@ def test_every_bad_line_is_reported(tmp_path):
     assert all(word in what for word, (_, what) in zip(words, found.values(), strict=True)), found
 
 
-@pytest.mark.parametrize("content", [None, b"", b"\n\n", b"\x1f\x8bbroken", gzip.compress(b"{}\n" * 99)[:-9]])
+NOTHING = {
+    "no file": None,
+    "empty": b"",
+    "blank lines": b"\n\n",
+    "not gzip": b"\x1f\x8bbroken",
+    "cut short": gzip.compress(b"{}\n" * 99, mtime=0)[:-9],
+}
+
+
+@pytest.mark.parametrize("content", NOTHING.values(), ids=NOTHING)
 def test_files_that_hold_nothing_readable(tmp_path, content):
     path = tmp_path / ("x.jsonl.gz" if content and content[:1] == b"\x1f" else "x.jsonl")
     if content is not None:
