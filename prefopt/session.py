@@ -18,6 +18,7 @@ from shutil import rmtree
 from typing import Any
 
 import torch
+from torch import nn
 
 from prefopt.components import Sampler
 from prefopt.config import ModelConfig, RunConfig, anchored, dump, resolved
@@ -102,12 +103,12 @@ class Session:
 
     def run(self) -> Result:
         began = time.perf_counter()
-        reset_peak()
+        reset_peak(self.ranks.device)
         self.recorder = Recorder(self.folder.path, self.ranks.main)
         try:
             return self._run()
         finally:
-            used = {"total_seconds": time.perf_counter() - began, "peak_memory_bytes": peak_bytes()}
+            used = {"total_seconds": time.perf_counter() - began, "peak_memory_bytes": peak_bytes(self.ranks.device)}
             self.recorder.line(TIMINGS, used)
 
     def _run(self) -> Result:
@@ -154,7 +155,7 @@ class Session:
             write_rejects(self.folder.path / "rejects.jsonl", inputs.rejects)
         reference = self._reference(scorer)
         forwarder = Forwarder(self.ranks.wrap(scorer), self.ranks, self._budget, config.optim.precision)
-        optimizer = Optimizer(scorer, config.optim)
+        optimizer = Optimizer(scorer, config.optim, self._lasting(scorer))
         data = (inputs.assembler, inputs.order, inputs.total)
         loop = Loop(config.algorithm, config.optim, *data, config.run.seed, forwarder, optimizer, reference, inputs.mix)
         evaluator = self._evaluator(loop, inputs.held_out)
@@ -192,6 +193,11 @@ class Session:
         if self.config.optim.forward == "fast":
             scorer.paths = probe(scorer, self.warn if self.ranks.main else _unsaid, self.config.optim.head_bytes)
         return scorer
+
+    def _lasting(self, scorer: Scorer) -> list[nn.Parameter]:
+        """The parameters whose gradients stay where they are. Several ranks must exchange theirs."""
+        alone = self.ranks.world == 1 and self.ranks.device.type == "cpu"
+        return scorer.accumulate_in_place() if alone and self.config.optim.forward == "fast" else []
 
     @property
     def _budget(self) -> int:

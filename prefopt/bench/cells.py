@@ -130,7 +130,7 @@ class _Bench:
             draws = self._draws(policy, renderer, rows, "suite")
             return Measured(rows, services, renderer, draws, baseline, policy, base, temperature=self._sampler.density)
         reward = services.scorer(wanted.reward)
-        draws = self._best_of(self._draws(base, renderer, rows, "suite"), reward, wanted.best_of)
+        draws = self._best_of(self._draws(base, renderer, rows, "suite"), reward, wanted.best_of, device)
         bound = best_of_n_kl(wanted.best_of)
         return Measured(rows, services, renderer, draws, baseline, scorer=reward, bound=bound)
 
@@ -142,12 +142,14 @@ class _Bench:
     def _sampler(self) -> Sampler:
         return self.measurement.sampler or default_sampler(self.plugins)
 
-    def _best_of(self, draws: Draws, reward: RewardModel, n: int) -> Callable[[int], list[Rollout]]:
+    def _best_of(
+        self, draws: Draws, reward: RewardModel, n: int, device: torch.device
+    ) -> Callable[[int], list[Rollout]]:
         """The completion with the highest reward of each n in turn. A larger draw holds the smaller ones, so only the
         last, the largest, is counted: the cost does not depend on the order in which tasks ask."""
 
         def best(count: int) -> list[Rollout]:
-            reset_peak()
+            reset_peak(device)
             began, before = time.perf_counter(), reward.tokens
             drawn = draws(count * n)
             scores = [[s.value for s in group] for group in reward(drawn)]
@@ -156,7 +158,7 @@ class _Bench:
                 sampled=_tokens(drawn) - _tokens(winners),
                 scored=reward.tokens - before,
                 seconds=time.perf_counter() - began,
-                peak_memory_bytes=max(peak_bytes(), self.answering.peak_memory_bytes),
+                peak_memory_bytes=max(peak_bytes(device), self.answering.peak_memory_bytes),
             )
             return winners
 

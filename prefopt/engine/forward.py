@@ -31,6 +31,7 @@ class Scorer(nn.Module):
         super().__init__()
         self.network = network.eval()
         self.paths = paths
+        self.in_place = False
         width = int(self.config.hidden_size)
         self.value_head = nn.Linear(width, 1) if values else None
         if self.value_head is not None:
@@ -41,6 +42,21 @@ class Scorer(nn.Module):
     def config(self) -> Any:
         """The network's configuration, as transformers has it."""
         return self.network.config.get_text_config()  # type: ignore[operator,union-attr]
+
+    def accumulate_in_place(self) -> list[nn.Parameter]:
+        """Adds gradients of the vocabulary's matrices where they lie, in place of making new matrices in every
+        microbatch. Returns these parameters: their gradients must be zeroed, never dropped, and no rank may wait for
+        them."""
+        network: Any = self.network
+        vectors, head = network.get_input_embeddings(), network.get_output_embeddings() if self.paths.tiled else None
+        found = {id(p): p for p in (m.weight for m in (vectors, head) if m is not None) if p.requires_grad}
+        if any(p.dtype not in (torch.float32, torch.float64) for p in found.values()):
+            return []
+        for p in found.values():
+            p.grad = torch.zeros_like(p)
+        vectors.sparse = vectors.weight.requires_grad
+        self.in_place = True
+        return list(found.values())
 
     def forward(self, packed: Packed, want: Collection[str], temperature: float = 1.0) -> dict[str, Tensor]:
         """The wanted outputs: `scores` [n]; `logps`, `entropy`, `values` [n, T] with T the longest completion here.
@@ -74,6 +90,7 @@ class Scorer(nn.Module):
             network: Any = self.network
             head, shape = network.get_output_embeddings(), head_shape(self.config, temperature)
             options: dict[str, Any] = {"entropy": "entropy" in want, "keep_bytes": self.paths.keep_bytes}
+            options["into"] = head.weight.grad if self.in_place else None
             scores = linear_logps(states, head.weight, packed.target, head.bias, shape, **options)
             found = {name: x for name, x in scores._asdict().items() if name in want}
         if "values" in want:

@@ -64,13 +64,15 @@ def linear_logps(
     entropy: bool = False,
     keep_bytes: int = KEEP_BYTES,
     tile_bytes: int = TILE_BYTES,
+    into: Tensor | None = None,
 ) -> Scores:
     """log p of `targets` [S] under softmax(hidden @ weight.T): `hidden` [S, H], `weight` [V, H], `bias` [V].
 
     Sums are in float32 (float64 when given float64). `keep_bytes` is what one call may hold for its backward pass,
-    `tile_bytes` what it works on at a time.
+    `tile_bytes` what it works on at a time. The gradient of `weight` is added to `into` [V, H], in float32 or better,
+    in place of being returned: no second matrix, and no hook on `weight` hears of it.
     """
-    settings = _Settings(shape or Shape(), entropy, keep_bytes, tile_bytes)
+    settings = _Settings(shape or Shape(), entropy, keep_bytes, tile_bytes, into)
     return Scores(*_LinearLogps.apply(hidden, weight, bias, targets, settings))  # type: ignore[no-untyped-call]
 
 
@@ -80,6 +82,7 @@ class _Settings:
     entropy: bool
     keep_bytes: int
     tile_bytes: int
+    into: Tensor | None
 
     def tiles(self, positions: int, vocabulary: int, width: int) -> Iterator[slice]:
         rows = max(1, self.tile_bytes // (vocabulary * width))
@@ -123,7 +126,7 @@ class _LinearLogps(torch.autograd.Function):
         states, matrix = _operands(hidden, weight)
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         by_hidden = torch.empty(states.shape, dtype=total.dtype, device=states.device) if wants_hidden else None
-        by_weight: Tensor | None = None
+        by_weight = settings.into
         by_bias = torch.zeros(len(matrix), dtype=total.dtype, device=states.device) if wants_bias else None
         with torch.autocast(states.device.type, enabled=False):
             for part in settings.tiles(len(states), len(matrix), total.dtype.itemsize):
@@ -139,6 +142,7 @@ class _LinearLogps(torch.autograd.Function):
                     by_weight = _accumulate(by_weight, slope, states[part])
                 if by_bias is not None:
                     by_bias += slope.sum(0)
+        by_weight = None if settings.into is not None else by_weight
         by = (x if x is None else x.to(like.dtype) for x, like in ((by_hidden, hidden), (by_weight, weight)))
         return (*by, by_bias if by_bias is None else by_bias.to(bias.dtype), None, None)
 

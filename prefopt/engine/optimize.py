@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -27,10 +27,12 @@ def learning_rate(config: OptimConfig, update: int, total: int) -> float:
 
 
 class Optimizer:
-    """AdamW over the named parameters of a module; weight decay on matrices only."""
+    """AdamW over the named parameters of a module; weight decay on matrices only. The gradients of `lasting`
+    parameters are zeroed between steps, all others dropped."""
 
-    def __init__(self, module: nn.Module, config: OptimConfig) -> None:
+    def __init__(self, module: nn.Module, config: OptimConfig, lasting: Sequence[nn.Parameter] = ()) -> None:
         self.config = config
+        self.lasting = {id(p) for p in lasting}
         self.named = {name: p for name, p in module.named_parameters() if p.requires_grad}
         matrices = [p for p in self.named.values() if p.dim() >= 2]
         others = [p for p in self.named.values() if p.dim() < 2]
@@ -52,7 +54,11 @@ class Optimizer:
 
     def clear(self) -> None:
         """Forgets the gradients."""
-        self.adamw.zero_grad(set_to_none=True)
+        for p in self.named.values():
+            if id(p) in self.lasting and p.grad is not None:
+                p.grad.zero_()
+            else:
+                p.grad = None
 
     def state(self) -> dict[str, Tensor]:
         """Every tensor of the optimizer under `parameter.quantity`."""

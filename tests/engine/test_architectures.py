@@ -77,10 +77,10 @@ def test_the_fastest_path_holds(model):
 
 @pytest.mark.parametrize("layout", ["causal", "shared"])
 def test_fast_equals_plain_in_value_and_gradient(model, layout):
-    """To 1e-5, for every budget of the head, with and without a prompt to share."""
+    """To 1e-5, for every budget of the head, with and without a prompt to share, with gradients in place or not."""
     expected = outputs_and_slopes(model, PLAIN)
-    for keep_bytes in (0, 1 << 20):
-        found = outputs_and_slopes(model, Paths(layout, tiled=True, keep_bytes=keep_bytes))
+    for keep_bytes, in_place in ((0, False), (1 << 20, True)):
+        found = outputs_and_slopes(model, Paths(layout, tiled=True, keep_bytes=keep_bytes), in_place)
         for name, x in expected.items():
             assert torch.allclose(found[name], x, atol=1e-5), name
 
@@ -90,11 +90,12 @@ def without_classifier(model) -> None:
         pytest.skip("transformers has no sequence classifier for Granite")
 
 
-def outputs_and_slopes(model, paths: Paths) -> dict[str, torch.Tensor]:
+def outputs_and_slopes(model, paths: Paths, in_place: bool = False) -> dict[str, torch.Tensor]:
     """What two pairs and a single sequence give, and the gradient of a weighted sum by every parameter."""
     torch.manual_seed(0)
     scorer = Scorer(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), values=True, paths=paths)
     torch.nn.init.normal_(scorer.value_head.weight)
+    assert not in_place or scorer.accumulate_in_place()
     outputs = run(scorer, PAIRS, ("logps", "entropy", "values"), CPU, groups=[0, 0, 1, 1, 2])
     weights = torch.linspace(-1, 2, outputs["logps"].numel()).view_as(outputs["logps"])
     sum((x * weights).mean() for x in outputs.values()).backward()

@@ -63,11 +63,12 @@ def step() -> Assembled:
 
 
 def gradients(
-    tiny_model, algorithm: Algorithm, budget: int, values: bool = False, paths: Paths = PLAIN
+    tiny_model, algorithm: Algorithm, budget: int, values: bool = False, paths: Paths = PLAIN, in_place: bool = False
 ) -> tuple[dict, list[torch.Tensor]]:
     scorer = Scorer(AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32), values=values, paths=paths)
     if scorer.value_head is not None:
         torch.nn.init.constant_(scorer.value_head.weight, 0.1)
+    assert not in_place or scorer.accumulate_in_place()
     ranks = Ranks("cpu")
     forwarder = Forwarder(ranks.wrap(scorer), ranks, budget, "float32")
     metrics = backward(algorithm, forwarder, step())
@@ -92,8 +93,8 @@ FAST = [Paths(layout, tiled, keep_bytes) for layout in ("causal", "shared") for 
 @pytest.mark.parametrize(("algorithm", "values"), [(TokenMean(), False), (Sorted(), True)], ids=["plain", "coupled"])
 def test_every_path_gives_the_loss_and_gradient_of_the_plain_one(tiny_model, algorithm, values, paths):
     whole, expected = gradients(tiny_model, algorithm, 10_000, values)
-    for budget in (10_000, 20):
-        fast, found = gradients(tiny_model, algorithm, budget, values, paths)
+    for budget, in_place in ((10_000, False), (20, False), (20, True)):
+        fast, found = gradients(tiny_model, algorithm, budget, values, paths, in_place)
         assert fast == pytest.approx(whole, abs=1e-5)
         for a, b in zip(found, expected, strict=True):
             assert torch.allclose(a, b, atol=1e-5)

@@ -77,3 +77,14 @@ def test_state_goes_to_flat_names_and_back():
     step(one, first)
     step(two, second)
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
+
+
+def test_lasting_gradients_are_zeroed_and_others_dropped():
+    net = module()
+    lasting = net[0].weight
+    optimizer = Optimizer(net, OptimConfig(), [lasting])
+    lasting.grad = kept = torch.zeros_like(lasting)
+    step(net, optimizer)
+    assert lasting.grad is kept
+    assert not kept.any()
+    assert net[0].bias.grad is None
