@@ -36,6 +36,7 @@ OUTPUTS: Final[Mapping[str, str]] = {
     "logps": "[N, T] log-probability of each completion token",
     "entropy": "[N, T] entropy of the distribution each token was drawn from, in nats",
     "values": "[N, T] value of the state before each token",
+    "token_kl": "[N, T] KL(reference || policy) of the distributions each token was drawn from, in nats",
     "scores": "[N] scalar score of the whole sequence, read at its last token",
 }
 
@@ -83,6 +84,11 @@ class Needs:
         """The columns wanted before the step, each with the roles it is wanted for."""
         assert isinstance(self.before, Mapping)
         return self.before
+
+    @property
+    def reference(self) -> bool:
+        """Whether there must be a reference model."""
+        return "reference_logps" in self.columns or "token_kl" in self.during
 
 
 def _unknown(asked: Iterable[str], known: Mapping[str, str], what: str) -> list[str]:

@@ -133,8 +133,15 @@ def _check_algorithm(config: RunConfig) -> None:
             f"algorithm `{config.algorithm.name}` samples while it trains; this version trains from data only",
             where="algorithm",
         )
-    if config.reference is not None and "reference_logps" not in needs.columns:
+    if config.reference is not None and not needs.reference:
         raise ConfigError(f"algorithm `{config.algorithm.name}` uses no reference", where="reference", fix="Remove it.")
+    kept = config.reference is not None and (config.reference.mode == "cached" or config.reference.store is not None)
+    if kept and "token_kl" in needs.during:
+        raise ConfigError(
+            f"algorithm `{config.algorithm.name}` compares whole distributions with the reference's; none are kept",
+            where="reference",
+            fix="Set mode: resident, or leave mode and store out.",
+        )
 
 
 def _needs(algorithm: Algorithm) -> Needs:

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from prefopt.components import Sampler
-from prefopt.config import ModelConfig, RunConfig, anchored, dump, resolved
+from prefopt.config import ModelConfig, ReferenceConfig, RunConfig, anchored, dump, resolved
 from prefopt.data.adapt import adapt
 from prefopt.data.check import write_rejects
 from prefopt.data.render import Renderer, load_tokenizer
@@ -41,12 +41,13 @@ from prefopt.engine.models import Model, build, load_causal, load_classifier, op
 from prefopt.engine.optimize import Optimizer
 from prefopt.engine.probe import probe
 from prefopt.engine.ranks import Ranks
+from prefopt.engine.recompute import prepare
 from prefopt.engine.record import TIMINGS, Recorder, numbers
 from prefopt.engine.reference import Cached, Moving, Reference, Resident
 from prefopt.engine.rollout import draw
 from prefopt.engine.services import EngineServices, RewardModel
 from prefopt.engine.store import Store
-from prefopt.errors import ConfigError, DataError, Preempted, Problem, redact
+from prefopt.errors import DataError, Preempted, Problem, redact
 from prefopt.hookspecs import RunInfo
 from prefopt.plugins import Plugins
 from prefopt.preflight import check, world_recipe
@@ -149,6 +150,8 @@ class Session:
         self.model = self._model_config(config.model)
         self.tokenizer = load_tokenizer(self.model.path, self.model.trust_remote_code)
         scorer = self._scorer(self.model)
+        if config.optim.gradient_checkpointing:
+            scorer.recomputed = prepare(scorer.network)
         inputs = Inputs.of(config, self.tokenizer, positions(scorer.network.config), self.services)
         inputs.check()
         if self.ranks.main:
@@ -197,7 +200,10 @@ class Session:
     def _lasting(self, scorer: Scorer) -> list[nn.Parameter]:
         """The parameters whose gradients stay where they are. Several ranks must exchange theirs."""
         alone = self.ranks.world == 1 and self.ranks.device.type == "cpu"
-        return scorer.accumulate_in_place() if alone and self.config.optim.forward == "fast" else []
+        if not alone or self.config.optim.forward != "fast":
+            return []
+        outputs = self.config.algorithm.needs().during
+        return scorer.accumulate_in_place(bool(outputs - {"values", "scores"}) or self.config.data.mix is not None)
 
     @property
     def _budget(self) -> int:
@@ -205,20 +211,23 @@ class Session:
 
     def _reference(self, scorer: Scorer) -> Reference | None:
         """The reference, if the algorithm needs one. Without a path it is the policy as it is now, before training."""
-        if "reference_logps" not in self.config.algorithm.needs().columns:
-            if self.config.reference is not None:
-                raise ConfigError(f"algorithm `{self.config.algorithm.name}` uses no reference", where="reference")
+        needs = self.config.algorithm.needs()
+        if not needs.reference:
             return None
-        settings = self.config.reference
+        settings = self.config.reference or ReferenceConfig()
         device, budget, dtype = self.ranks.device, self._budget, self.config.optim.precision
-        if settings is not None and settings.every is not None and settings.mix is not None:
-            return Moving(self._initial(), device, budget, dtype, every=settings.every, mix=settings.mix)
-        if settings is not None and settings.mode == "resident":
-            return Resident(self._initial(), device, budget, dtype)
-        own = settings is not None and settings.path is not None
-        kept = Path(settings.store) if settings is not None and settings.store else self.folder.kept
-        name = f"reference-{self.ranks.rank}.sqlite" if self.ranks.world > 1 else "reference.sqlite"
-        return Cached(Resident(self._initial() if own else scorer, device, budget, dtype), Store(kept / name))
+        live = "token_kl" in needs.during
+        if settings.every is None and settings.mode != "resident" and not live:
+            kept = Path(settings.store) if settings.store else self.folder.kept
+            name = f"reference-{self.ranks.rank}.sqlite" if self.ranks.world > 1 else "reference.sqlite"
+            source = self._initial() if settings.path is not None else scorer
+            return Cached(Resident(source, device, budget, dtype), Store(kept / name))
+        other = self._initial()
+        if live:
+            scorer.compare_with(other, self.warn if self.ranks.main else _unsaid)
+        if settings.every is not None and settings.mix is not None:
+            return Moving(other, device, budget, dtype, every=settings.every, mix=settings.mix)
+        return Resident(other, device, budget, dtype)
 
     def _initial(self) -> Scorer:
         """A second copy of the reference model."""

@@ -152,6 +152,24 @@ def test_a_missing_model_names_the_run_that_makes_it(found, tiny_model, tmp_path
         assert fix in caught.value.problems[0].fix
 
 
+class Live(Algorithm):
+    name, eats = "live", Comparison
+
+    def needs(self):
+        return Needs(during={"logps", "token_kl"})
+
+
+@pytest.mark.parametrize("settings", [{"mode": "cached"}, {"store": "kept"}])
+def test_distributions_cannot_be_kept(found, tiny_model, tmp_path, settings):
+    found.registry.add(Live, "test", "0")
+    run = config(found, tiny_model, tmp_path, algorithm={"name": "live"}, reference=settings)
+    with pytest.raises(ConfigError, match="compares whole distributions"):
+        check(run, found.registry)
+    check(
+        config(found, tiny_model, tmp_path, algorithm={"name": "live"}, reference={"mode": "resident"}), found.registry
+    )
+
+
 def test_a_world_is_no_reference(found, tiny_model, tmp_path):
     run = config(found, tiny_model, tmp_path, algorithm={"name": "dpo"}, reference={"path": "world:replies"})
     with pytest.raises(ConfigError, match="is built by the run that trains it"):

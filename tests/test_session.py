@@ -310,6 +310,48 @@ def test_what_a_later_epoch_puts_together_is_scored_before_the_reference_goes(ti
     assert result.outcome == "finished"
 
 
+class Anchored(Algorithm):
+    """Holds whole distributions near the reference's."""
+
+    name, eats = "anchored", Comparison
+
+    def needs(self):
+        return Needs(during=frozenset({"logps", "token_kl"}))
+
+    def loss(self, batch, policy):
+        kl = batch.mean(policy.token_kl, "tokens")
+        return Loss(0.1 * kl - batch.mean(policy.logps, "chosen_tokens"), {"kl": kl})
+
+
+def test_whole_distributions_are_compared_with_a_reference_in_memory(tiny_model, tmp_path):
+    """0 before the first update, above it later, the same on both paths, and its forward passes are counted."""
+    plugins = load()
+    plugins.registry.add(Anchored, "test", "0")
+    found = {}
+    for forward in ("fast", "plain"):
+        sections = {"algorithm": {"name": "anchored"}, "run": {"steps": 3}, "optim": {"forward": forward, "lr": 1e-2}}
+        result = train(tiny_config(tiny_model, tmp_path / forward, sections, plugins), plugins)
+        lines = (tmp_path / forward / "metrics.jsonl").read_text("utf-8").splitlines()
+        found[forward] = [json.loads(line)["kl"] for line in lines]
+        assert result.budget["forward"] == result.budget["backward"] > 0
+    assert found["fast"] == pytest.approx(found["plain"], abs=1e-5)
+    assert abs(found["fast"][0]) < 1e-6
+    assert found["fast"][2] > 1e-3
+
+
+@pytest.mark.parametrize("forward", ["fast", "plain"])
+@pytest.mark.parametrize("name", ["dpo", "reward_model", "sft"])
+def test_checkpointed_gradients_train_the_same_model(tiny_model, tmp_path, name, forward):
+    plugins, found = load(), {}
+    for again in (False, True):
+        optim = {"forward": forward, "lr": 1e-2, "gradient_checkpointing": again}
+        sections = {"algorithm": {"name": name}, "run": {"steps": 2}, "optim": optim}
+        result = train(tiny_config(tiny_model, tmp_path / f"run{again:d}", sections, plugins), plugins)
+        found[again] = load_file(result.model / "model.safetensors")
+    for key, x in found[False].items():
+        assert torch.allclose(x, found[True][key], atol=1e-5), key
+
+
 class Choosy(Algorithm):
     """Skips its second step and stops at its fourth."""
 

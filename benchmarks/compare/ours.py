@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from worker import Steps, answer, orders, peak_mb, roof
+from worker import Steps, answer, orders, peak_mb, resident_mb, roof
 
 from prefopt import session
 from prefopt.config import load_run
@@ -83,7 +83,8 @@ def main() -> None:
         step = loop.optimizer.step
         loop.optimizer.step = lambda rate: (_keep(loop, gradients), step(rate))  # type: ignore[assignment,func-returns-value]
     done = 0
-    answer(ready=True, reference_seconds=reference / total, torch=torch.__version__)
+    memory = {"resident_mb": resident_mb(), "torch": torch.__version__}
+    answer(ready=True, reference_seconds=reference / total, **memory)
     for count in orders():
         speed, steps = roof(), Steps()
         for _ in range(count):

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
 from worker import Steps, answer, orders, peak_mb, roof
 
-BATCH, MAX_LENGTH = 8, 512
+BATCH, MAX_LENGTH = 8, 2048
 
 
 class Blocks(TrainerCallback):  # type: ignore[misc]

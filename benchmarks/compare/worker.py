@@ -7,11 +7,11 @@ steps, and the speed of a matrix product measured just before. The end of input 
 from __future__ import annotations
 
 import json
-import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
@@ -51,5 +51,15 @@ def _timed(run: Callable[[], object]) -> float:
 
 
 def peak_mb() -> float:
-    """The most memory this process has had, in MB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    """The most memory this process has had resident, in MB; nothing of its parent's, as `getrusage` would have it."""
+    return _status("VmHWM")
+
+
+def resident_mb() -> float:
+    """The memory this process has resident now, in MB."""
+    return _status("VmRSS")
+
+
+def _status(name: str) -> float:
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(name)) / 1024

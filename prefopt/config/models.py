@@ -147,6 +147,9 @@ class OptimConfig(Section):
     """`fast` takes every shortcut that agrees with the plain path on this model; `plain` takes none."""
     head_bytes: NonNegativeInt = 256 * 2**20
     """What the fast path may keep of the logits of one forward pass; beyond it they are computed again."""
+    gradient_checkpointing: bool = False
+    """Keep the inputs of each layer only and compute the rest again in the backward pass: less memory, a third more
+    time."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Precision of the forward and backward pass. Weights, optimizer and log-probabilities are float32 always."""
 
@@ -156,9 +159,9 @@ class ReferenceConfig(Section):
 
     path: UserPath | None = None
     """Another model as reference."""
-    mode: Literal["cached", "resident"] = "cached"
+    mode: Literal["cached", "resident"] | None = None
     """`cached` scores each sequence once, before training; `resident` keeps the reference in memory and scores each
-    step."""
+    step. Default: `cached`, unless the reference moves or whole distributions are compared with its own."""
     every: PositiveInt | None = None
     """Move the reference towards the policy every so many steps (TR-DPO, arXiv:2404.09656)."""
     mix: Annotated[float, Field(gt=0, le=1)] | None = None
@@ -170,7 +173,7 @@ class ReferenceConfig(Section):
     def _moving_is_whole(self) -> ReferenceConfig:
         if (self.every is None) != (self.mix is None):
             raise ValueError("a moving reference needs both `every` and `mix`")
-        if self.every is not None and "mode" in self.model_fields_set:
+        if self.every is not None and self.mode is not None:
             raise ValueError("a moving reference is always in memory: leave `mode` out")
         return self
 

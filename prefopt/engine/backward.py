@@ -19,7 +19,9 @@ from prefopt.errors import PluginError
 def backward(algorithm: Algorithm, forwarder: Forwarder, built: Assembled) -> dict[str, float]:
     """Adds the gradient of the minibatch's loss to the parameters; returns its metrics over all ranks."""
     micros = forwarder.plan(built)
-    forwarder.meter.backward += sum(map(len, built.tokens))
+    tokens = sum(map(len, built.tokens))
+    forwarder.meter.backward += tokens
+    forwarder.meter.forward += tokens if "token_kl" in algorithm.needs().during else 0  # those of the reference
     if algorithm.coupled and (len(micros) > 1 or forwarder.ranks.world > 1):
         return _coupled(algorithm, forwarder, built, micros)
     return _separate(algorithm, forwarder, built, micros)

@@ -6,7 +6,7 @@ The plain path computes whole logits for padded rows under a mask; it stays as t
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -14,17 +14,20 @@ import torch
 from torch import Tensor, nn
 
 from prefopt.data.render import Tokens
-from prefopt.engine.head import token_entropy, token_logps
+from prefopt.engine.head import token_entropy, token_kl, token_logps
 from prefopt.engine.layout import PLAIN, Packed, Paths, tree_mask
-from prefopt.engine.linear import Shape, linear_logps
+from prefopt.engine.linear import Head, Shape, linear_kl, linear_logps
 from prefopt.engine.ranks import unwrap
+from prefopt.engine.recompute import recomputing
+from prefopt.errors import ConfigError
 
 
 class Scorer(nn.Module):
     """A causal language model, or a sequence classifier, with what prefopt adds to it.
 
     `values` adds a value head: one number for the state before each token. Dropout is off, always: policy,
-    reference and value passes must agree.
+    reference and value passes must agree. `beside` holds the reference that `token_kl` compares with: no part of this
+    module, for it is neither trained nor saved. `recomputed` are the layers whose insides are not kept.
     """
 
     def __init__(self, network: nn.Module, values: bool = False, paths: Paths = PLAIN) -> None:
@@ -32,6 +35,8 @@ class Scorer(nn.Module):
         self.network = network.eval()
         self.paths = paths
         self.in_place = False
+        self.beside: list[Scorer] = []
+        self.recomputed: list[nn.Module] = []
         width = int(self.config.hidden_size)
         self.value_head = nn.Linear(width, 1) if values else None
         if self.value_head is not None:
@@ -43,12 +48,27 @@ class Scorer(nn.Module):
         """The network's configuration, as transformers has it."""
         return self.network.config.get_text_config()  # type: ignore[operator,union-attr]
 
-    def accumulate_in_place(self) -> list[nn.Parameter]:
+    def compare_with(self, reference: Scorer, warn: Callable[[str], None]) -> None:
+        """Makes `token_kl` the divergence from this scorer. Both then take the same path."""
+        sizes = [scorer.network.get_input_embeddings().weight.shape[0] for scorer in (self, reference)]  # type: ignore[operator]
+        if sizes[0] != sizes[1]:
+            raise ConfigError(
+                f"the reference has a vocabulary of {sizes[1]:,} tokens, the model one of {sizes[0]:,}: their "
+                "distributions cannot be compared",
+                where="reference.path",
+            )
+        if (self.paths.layout, self.paths.tiled) != (reference.paths.layout, reference.paths.tiled):
+            warn("model and reference do not allow the same shortcuts: both take the plain path")
+            self.paths = reference.paths = PLAIN
+        self.beside = [reference]
+
+    def accumulate_in_place(self, head_is_used: bool) -> list[nn.Parameter]:
         """Adds gradients of the vocabulary's matrices where they lie, in place of making new matrices in every
         microbatch. Returns these parameters: their gradients must be zeroed, never dropped, and no rank may wait for
-        them."""
+        them. A head that no loss reaches is left alone: a gradient of zero would still let its weights decay."""
         network: Any = self.network
-        vectors, head = network.get_input_embeddings(), network.get_output_embeddings() if self.paths.tiled else None
+        used = self.paths.tiled and head_is_used
+        vectors, head = network.get_input_embeddings(), network.get_output_embeddings() if used else None
         found = {id(p): p for p in (m.weight for m in (vectors, head) if m is not None) if p.requires_grad}
         if any(p.dtype not in (torch.float32, torch.float64) for p in found.values()):
             return []
@@ -59,25 +79,30 @@ class Scorer(nn.Module):
         return list(found.values())
 
     def forward(self, packed: Packed, want: Collection[str], temperature: float = 1.0) -> dict[str, Tensor]:
-        """The wanted outputs: `scores` [n]; `logps`, `entropy`, `values` [n, T] with T the longest completion here.
+        """The wanted outputs: `scores` [n]; `logps`, `entropy`, `values`, `token_kl` [n, T] with T the longest
+        completion here.
 
         Positions past a completion hold 0.
         """
-        if set(want) == {"scores"}:
-            return {"scores": self._scores(packed)}
-        found = self._tiled(packed, want, temperature) if self.paths.tiled else self._plain(packed, want, temperature)
+        with recomputing(self.recomputed):
+            if set(want) == {"scores"}:
+                return {"scores": self._scores(packed)}
+            compute = self._tiled if self.paths.tiled else self._plain
+            found = compute(packed, want, temperature)
         return {name: packed.unpacked(x) for name, x in found.items()}
 
     def _plain(self, packed: Packed, want: Collection[str], temperature: float) -> dict[str, Tensor]:
         """From whole logits. [S] each."""
         out = self.network(**self._inputs(packed), output_hidden_states=self.value_head is not None)
         found = {}
-        if {"logps", "entropy"} & set(want):
+        if {"logps", "entropy", "token_kl"} & set(want):
             logits = out.logits.flatten(0, 1).index_select(0, packed.source)
             if "logps" in want:
                 found["logps"] = token_logps(logits, packed.target, temperature)
             if "entropy" in want:
                 found["entropy"] = token_entropy(logits, temperature)
+            if "token_kl" in want:
+                found["token_kl"] = token_kl(logits / temperature, self._beside_logits(packed) / temperature)
         if "values" in want:
             found["values"] = self._values(out.hidden_states[-1].flatten(0, 1).index_select(0, packed.source))
         return found
@@ -85,17 +110,32 @@ class Scorer(nn.Module):
     def _tiled(self, packed: Packed, want: Collection[str], temperature: float) -> dict[str, Tensor]:
         """From the states that predict a completion token, and no others. [S] each."""
         states = self._states(packed).index_select(0, packed.source)
-        found = {}
+        found: dict[str, Tensor] = {}
+        head = self._head(temperature)
+        into = head.weight.grad if self.in_place else None
         if {"logps", "entropy"} & set(want):
-            network: Any = self.network
-            head, shape = network.get_output_embeddings(), head_shape(self.config, temperature)
-            options: dict[str, Any] = {"entropy": "entropy" in want, "keep_bytes": self.paths.keep_bytes}
-            options["into"] = head.weight.grad if self.in_place else None
-            scores = linear_logps(states, head.weight, packed.target, head.bias, shape, **options)
+            options: dict[str, Any] = {"entropy": "entropy" in want, "keep_bytes": self.paths.keep_bytes, "into": into}
+            scores = linear_logps(states, head.weight, packed.target, head.bias, head.shape, **options)
             found = {name: x for name, x in scores._asdict().items() if name in want}
+        if "token_kl" in want:
+            (reference,) = self.beside
+            with torch.no_grad():
+                others = reference._states(packed).index_select(0, packed.source)
+            found["token_kl"] = linear_kl(states, head, others, reference._head(temperature), into=into)
         if "values" in want:
             found["values"] = self._values(states)
         return found
+
+    def _head(self, temperature: float) -> Head:
+        network: Any = self.network
+        found = network.get_output_embeddings()
+        return Head(found.weight, found.bias, head_shape(self.config, temperature))
+
+    @torch.no_grad()
+    def _beside_logits(self, packed: Packed) -> Tensor:
+        (reference,) = self.beside
+        logits: Tensor = reference.network(**reference._inputs(packed)).logits
+        return logits.flatten(0, 1).index_select(0, packed.source)
 
     def _values(self, states: Tensor) -> Tensor:
         assert self.value_head is not None, "the scorer was built without a value head"

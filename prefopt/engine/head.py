@@ -16,3 +16,9 @@ def token_entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
     """`-Σ p log p` of softmax(logits / temperature), in nats. [..., V] -> [...]."""
     logps = torch.log_softmax(logits.float() / temperature, dim=-1)
     return -(logps.exp() * logps).sum(-1)
+
+
+def token_kl(logits: Tensor, reference: Tensor) -> Tensor:
+    """`KL(reference || policy)` from the logits of both, in nats. [..., V], [..., V] -> [...]."""
+    theirs = torch.log_softmax(reference.float(), dim=-1)
+    return (theirs.exp() * (theirs - torch.log_softmax(logits.float(), dim=-1))).sum(-1)

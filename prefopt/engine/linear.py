@@ -72,7 +72,8 @@ def linear_logps(
     `tile_bytes` what it works on at a time. The gradient of `weight` is added to `into` [V, H], in float32 or better,
     in place of being returned: no second matrix, and no hook on `weight` hears of it.
     """
-    settings = _Settings(shape or Shape(), entropy, keep_bytes, tile_bytes, into)
+    dtype = _precision(hidden, weight)
+    settings = _Settings(shape or Shape(), entropy, keep_bytes, tile_bytes, into, dtype)
     return Scores(*_LinearLogps.apply(hidden, weight, bias, targets, settings))  # type: ignore[no-untyped-call]
 
 
@@ -83,6 +84,8 @@ class _Settings:
     keep_bytes: int
     tile_bytes: int
     into: Tensor | None
+    dtype: torch.dtype
+    """Of the operands of products; autocast is over when the backward pass runs, so it is settled before."""
 
     def tiles(self, positions: int, vocabulary: int, width: int) -> Iterator[slice]:
         rows = max(1, self.tile_bytes // (vocabulary * width))
@@ -94,7 +97,7 @@ class _LinearLogps(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, settings: _Settings
     ) -> tuple[Tensor, Tensor]:
-        states, matrix = _operands(hidden, weight)
+        states, matrix = _operands(hidden, weight, settings.dtype)
         exact = torch.promote_types(states.dtype, torch.float32)
         logps = torch.empty(len(states), dtype=exact, device=states.device)
         total = torch.empty_like(logps)
@@ -123,11 +126,8 @@ class _LinearLogps(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, grad_entropy: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, targets, total, entropy = ctx.saved_tensors
         settings: _Settings = ctx.settings
-        states, matrix = _operands(hidden, weight)
-        wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
-        by_hidden = torch.empty(states.shape, dtype=total.dtype, device=states.device) if wants_hidden else None
-        by_weight = settings.into
-        by_bias = torch.zeros(len(matrix), dtype=total.dtype, device=states.device) if wants_bias else None
+        states, matrix = _operands(hidden, weight, settings.dtype)
+        slopes = _Slopes(ctx.needs_input_grad[:3], states, matrix, total.dtype, settings.into)
         with torch.autocast(states.device.type, enabled=False):
             for part in settings.tiles(len(states), len(matrix), total.dtype.itemsize):
                 logps = ctx.kept.pop(part.start, None)
@@ -136,15 +136,113 @@ class _LinearLogps(torch.autograd.Function):
                 slope = _slope(
                     logps, targets[part], grad[part], settings, entropy[part], grad_entropy[part], total[part]
                 )
-                if by_hidden is not None:
-                    by_hidden[part] = _exact(slope, matrix)
-                if wants_weight:
-                    by_weight = _accumulate(by_weight, slope, states[part])
-                if by_bias is not None:
-                    by_bias += slope.sum(0)
-        by_weight = None if settings.into is not None else by_weight
-        by = (x if x is None else x.to(like.dtype) for x, like in ((by_hidden, hidden), (by_weight, weight)))
-        return (*by, by_bias if by_bias is None else by_bias.to(bias.dtype), None, None)
+                slopes.add(part, slope)
+        return (*slopes.like(hidden, weight, bias), None, None)
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """A vocabulary's matrix [V, H], its bias [V], and what stands behind them."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+    shape: Shape = Shape()
+
+    def logps(self, states: Tensor, dtype: torch.dtype) -> Tensor:
+        """[S, H] -> [S, V], whole, from operands of this precision."""
+        return _log_softmax_(self.logits(states, dtype))
+
+    def logits(self, states: Tensor, dtype: torch.dtype) -> Tensor:
+        """[S, H] -> [S, V], whole, from operands of this precision."""
+        operand, matrix = _operands(states, self.weight, dtype)
+        return self.shape.logits(_product(operand, matrix, self.bias))
+
+
+def linear_kl(
+    hidden: Tensor,
+    head: Head,
+    reference_hidden: Tensor,
+    reference: Head,
+    *,
+    tile_bytes: int = TILE_BYTES,
+    into: Tensor | None = None,
+) -> Tensor:
+    """`KL(reference || policy)` of the distributions after each state, over the whole vocabulary, in nats. [S]
+
+    `hidden`, `reference_hidden` [S, H]; the gradient is by `hidden` and `head`, as for `linear_logps`. Tiles are
+    computed again in the backward pass.
+    """
+    settings = _Settings(head.shape, False, 0, tile_bytes, into, _precision(hidden, head.weight))
+    frozen = (reference_hidden.detach(), reference)
+    return _LinearKL.apply(hidden, head.weight, head.bias, frozen, settings)  # type: ignore[no-any-return,no-untyped-call]
+
+
+class _LinearKL(torch.autograd.Function):
+    """For p of the policy and q of the reference, `d KL(q || p) / d z = p - q`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        frozen: tuple[Tensor, Head],
+        settings: _Settings,
+    ) -> Tensor:
+        others, reference = frozen
+        head = Head(weight, bias, settings.shape)
+        found = torch.empty(len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
+        with torch.autocast(hidden.device.type, enabled=False):
+            for part in settings.tiles(len(hidden), len(weight), found.dtype.itemsize):
+                theirs = reference.logps(others[part], settings.dtype)
+                found[part] = (theirs.exp() * (theirs - head.logps(hidden[part], settings.dtype))).sum(1)
+        ctx.save_for_backward(hidden, weight, bias, others)
+        ctx.settings, ctx.reference = settings, reference
+        return found
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, others = ctx.saved_tensors
+        settings: _Settings = ctx.settings
+        head = Head(weight, bias, settings.shape)
+        states, matrix = _operands(hidden, weight, settings.dtype)
+        slopes = _Slopes(ctx.needs_input_grad[:3], states, matrix, grad.dtype, settings.into)
+        with torch.autocast(states.device.type, enabled=False):
+            for part in settings.tiles(len(states), len(matrix), grad.dtype.itemsize):
+                logits = head.logits(hidden[part], settings.dtype)
+                theirs = ctx.reference.logps(others[part], settings.dtype).exp_()
+                slope = torch.softmax(logits, 1).sub_(theirs).mul_(grad[part, None])
+                slopes.add(part, settings.shape.slope(logits, slope))
+        return (*slopes.like(hidden, weight, bias), None, None)
+
+
+class _Slopes:
+    """Gradients by states, matrix and bias, summed tile by tile from those by `hidden @ weight.T`."""
+
+    def __init__(
+        self, wanted: tuple[bool, ...], states: Tensor, matrix: Tensor, dtype: torch.dtype, into: Tensor | None
+    ) -> None:
+        self.states, self.matrix, self.into = states, matrix, into
+        self.wants_weight = wanted[1]
+        self.by_weight = into
+        self.by_hidden = torch.empty(states.shape, dtype=dtype, device=states.device) if wanted[0] else None
+        self.by_bias = torch.zeros(len(matrix), dtype=dtype, device=states.device) if wanted[2] else None
+
+    def add(self, part: slice, slope: Tensor) -> None:
+        """`slope` [S, V] of the states in `part`."""
+        if self.by_hidden is not None:
+            self.by_hidden[part] = _exact(slope, self.matrix)
+        if self.wants_weight:
+            self.by_weight = _accumulate(self.by_weight, slope, self.states[part])
+        if self.by_bias is not None:
+            self.by_bias += slope.sum(0)
+
+    def like(self, *inputs: Tensor | None) -> Iterator[Tensor | None]:
+        """The gradients in the precisions of hidden, weight and bias; none of a weight's that went elsewhere."""
+        by_weight = self.by_weight if self.into is None else None
+        for found, given in zip((self.by_hidden, by_weight, self.by_bias), inputs, strict=True):
+            yield found if found is None or given is None else found.to(given.dtype)
 
 
 def _slope(
@@ -168,14 +266,16 @@ def _slope(
     return shape.slope(logits, slope)
 
 
-def _operands(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """States and matrix in the precision of their product: that of autocast on CUDA, float32 or better elsewhere."""
+def _precision(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    """Of the operands of a product: that of autocast on CUDA, float32 or better elsewhere."""
     if hidden.device.type == "cuda" and torch.is_autocast_enabled("cuda"):
-        dtype = torch.get_autocast_dtype("cuda")
-    elif hidden.device.type == "cuda" and hidden.dtype == weight.dtype:
-        dtype = hidden.dtype
-    else:
-        dtype = torch.promote_types(torch.promote_types(hidden.dtype, weight.dtype), torch.float32)
+        return torch.get_autocast_dtype("cuda")
+    if hidden.device.type == "cuda" and hidden.dtype == weight.dtype:
+        return hidden.dtype
+    return torch.promote_types(torch.promote_types(hidden.dtype, weight.dtype), torch.float32)
+
+
+def _operands(hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return hidden.detach().to(dtype), weight.detach().to(dtype)
 
 

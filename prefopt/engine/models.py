@@ -82,7 +82,10 @@ def load_classifier(config: ModelConfig, tokenizer: Tokenizer, seed: int | None)
     if fresh and seed is None:
         made = ", ".join(network.config.architectures or ["unknown"])
         raise ConfigError(f"`{config.path}` is no reward model: its architecture is {made}", fix=TRAIN_ONE)
-    _refuse_incomplete(config, report, {HEAD} if fresh else ())
+    if fresh and set(report["missing_keys"]) - {HEAD}:  # tied weights may be stored under the name of the other head
+        network.base_model.load_state_dict(load_causal(config).base_model.state_dict())  # type: ignore[union-attr]
+    else:
+        _refuse_incomplete(config, report, {HEAD} if fresh else ())
     _separate_padding(network, tokenizer)
     if fresh:
         with torch.no_grad():

@@ -145,12 +145,12 @@ def _field(sequence: Sequence, name: str) -> float:
 
 
 def _random(name: str, shape: torch.Size, generator: torch.Generator, scale: float) -> Tensor:
-    """Log-probabilities are negative, entropies positive, everything else of either sign."""
+    """Log-probabilities are negative, entropies and divergences positive, everything else of either sign."""
     size = shape[:1] if name == "scores" else shape
     x = torch.randn(size, generator=generator, dtype=torch.double) * scale
     if "logps" in name:
         return -x.abs()
-    return x.abs() if name == "entropy" else x
+    return x.abs() if name in ("entropy", "token_kl") else x
 
 
 def _only(x: Tensor, batch: Batch, roles: frozenset[Any]) -> Tensor:

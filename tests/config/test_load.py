@@ -47,6 +47,18 @@ def test_a_configuration_is_typed(plugins):
     assert config.optim.betas == (0.9, 0.99)
 
 
+@pytest.mark.parametrize("reference", ["{path: other}", "{every: 4, mix: 0.5}", "{mode: resident}", "{store: kept}"])
+def test_a_reference_reads_back_as_it_was_written(plugins, run_config, reference):
+    """What a run folder holds spells every default out; none of them may count as asked for."""
+    config = run_config(
+        "prefopt: 1\nmodel: {path: x}\ndata: {source: replies}\nalgorithm: {name: dpo}\n"
+        f"reference: {reference}\nrun: {{dir: r}}\n"
+    )
+    for written in (config, anchored(config)):
+        again = run_from(parse(dump(resolved(written)), "resolved"), plugins.find)
+        assert again.reference == written.reference
+
+
 def test_a_resolved_configuration_is_the_same_run(plugins):
     config = run_from(parse(TEXT, "run.yaml"), plugins.find)
     again = run_from(parse(dump(resolved(config)), "resolved"), plugins.find)

@@ -6,12 +6,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from prefopt.data.render import Tokens
 from prefopt.engine.forward import Scorer, run
 from prefopt.engine.layout import PLAIN, Paths
 from prefopt.engine.models import build
 from prefopt.engine.probe import probe
+from prefopt.engine.recompute import prepare
 from prefopt.testing.tiny import tiny_recipe
 
 SHAPE = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -90,16 +92,42 @@ def without_classifier(model) -> None:
         pytest.skip("transformers has no sequence classifier for Granite")
 
 
-def outputs_and_slopes(model, paths: Paths, in_place: bool = False) -> dict[str, torch.Tensor]:
-    """What two pairs and a single sequence give, and the gradient of a weighted sum by every parameter."""
+def outputs_and_slopes(model, paths: Paths, in_place: bool = False, recompute: bool = False) -> dict[str, torch.Tensor]:
+    """What two pairs and a single sequence give beside a reference, and the gradient of a weighted sum by every
+    parameter."""
     torch.manual_seed(0)
-    scorer = Scorer(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), values=True, paths=paths)
+    scorer, other = (Scorer(causal(model), values=i == 0, paths=paths) for i in range(2))
     torch.nn.init.normal_(scorer.value_head.weight)
-    assert not in_place or scorer.accumulate_in_place()
-    outputs = run(scorer, PAIRS, ("logps", "entropy", "values"), CPU, groups=[0, 0, 1, 1, 2])
+    with torch.no_grad():
+        for p in other.parameters():
+            p.add_(0.02 * torch.randn_like(p))
+    heard: list[str] = []
+    scorer.compare_with(other, heard.append)
+    assert not in_place or scorer.accumulate_in_place(head_is_used=True)
+    calls = []
+    layer = next(m for m in scorer.network.modules() if isinstance(m, GradientCheckpointingLayer))
+    inside = next(m for m in layer.modules() if "Norm" in type(m).__name__)
+    inside.register_forward_pre_hook(lambda *_: calls.append("inside"))
+    if recompute:
+        scorer.recomputed = prepare(scorer.network)
+    outputs = run(scorer, PAIRS, ("logps", "entropy", "values", "token_kl"), CPU, groups=[0, 0, 1, 1, 2])
     weights = torch.linspace(-1, 2, outputs["logps"].numel()).view_as(outputs["logps"])
     sum((x * weights).mean() for x in outputs.values()).backward()
+    assert len(calls) == (2 if recompute else 1)
+    assert not heard
     return {**outputs, **{name: p.grad for name, p in scorer.named_parameters() if p.grad is not None}}
+
+
+def causal(model) -> torch.nn.Module:
+    return AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+
+
+def test_layers_computed_again_give_the_same_numbers(model):
+    """Without their dropout, and each layer really twice."""
+    expected, found = (outputs_and_slopes(model, Paths("shared", tiled=True), recompute=r) for r in (False, True))
+    assert expected.keys() == found.keys()
+    for name, x in expected.items():
+        assert torch.allclose(found[name], x, atol=1e-6), name
 
 
 def test_scores_of_a_reward_model_are_the_same_on_every_path(model):

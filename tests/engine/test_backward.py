@@ -68,7 +68,7 @@ def gradients(
     scorer = Scorer(AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32), values=values, paths=paths)
     if scorer.value_head is not None:
         torch.nn.init.constant_(scorer.value_head.weight, 0.1)
-    assert not in_place or scorer.accumulate_in_place()
+    assert not in_place or scorer.accumulate_in_place(head_is_used=True)
     ranks = Ranks("cpu")
     forwarder = Forwarder(ranks.wrap(scorer), ranks, budget, "float32")
     metrics = backward(algorithm, forwarder, step())

@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from prefopt.data.render import Tokens
 from prefopt.engine.forward import Scorer, run
+from prefopt.engine.layout import PLAIN, Paths
+from prefopt.errors import ConfigError
 
 CPU = torch.device("cpu")
 TOKENS = [Tokens((5, 6, 7), (8, 9, 1)), Tokens((5,), (6, 7, 8, 9, 10, 1)), Tokens((9, 9, 9, 9, 9), (3,))]
@@ -76,3 +83,44 @@ def test_dropout_never_acts(tiny_model, network):
     first, second = (run(scorer, TOKENS, ("logps",), CPU)["logps"] for _ in range(2))
     assert torch.equal(first, second)
     assert not scorer.network.training
+
+
+def made(hidden: int, words: int = 50, **settings) -> Scorer:
+    torch.manual_seed(hidden)
+    shape = {"hidden_size": hidden, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return Scorer(LlamaForCausalLM(LlamaConfig(vocab_size=words, **shape)), **settings)
+
+
+def test_a_reference_of_another_size_is_compared_on_the_fast_path(network):
+    fast = [Paths("shared", tiled=True, reach=reach) for reach in (10.0, 20.0)]
+    heard: list[str] = []
+    found = {}
+    for name, paths in {"fast": fast, "plain": [PLAIN, PLAIN]}.items():
+        scorer = made(8, paths=paths[0])
+        scorer.compare_with(made(16, paths=paths[1]), heard.append)
+        found[name] = run(scorer, TOKENS, ("token_kl",), CPU)["token_kl"]
+        assert scorer.paths is paths[0]
+    assert torch.allclose(found["fast"], found["plain"], atol=1e-6)
+    assert float(found["plain"][found["plain"] != 0].min()) > 1e-6
+    assert not heard
+
+
+def test_a_reference_without_the_same_shortcuts_sends_both_to_the_plain_path():
+    heard: list[str] = []
+    scorer, other = made(8, paths=Paths("shared", tiled=True)), made(16, paths=Paths("causal"))
+    scorer.compare_with(other, heard.append)
+    assert scorer.paths is other.paths is PLAIN
+    assert heard == ["model and reference do not allow the same shortcuts: both take the plain path"]
+
+
+def test_a_reference_with_another_vocabulary_is_refused():
+    with pytest.raises(ConfigError, match="a vocabulary of 60 tokens, the model one of 50"):
+        made(8).compare_with(made(8, 60), print)
+
+
+def test_a_head_that_no_loss_reaches_keeps_no_gradient():
+    """AdamW would let its weights decay by a gradient of zero."""
+    scorer = made(8, paths=Paths("shared", tiled=True))
+    assert len(scorer.accumulate_in_place(head_is_used=False)) == 1
+    assert scorer.network.lm_head.weight.grad is None
+    assert len(scorer.accumulate_in_place(head_is_used=True)) == 2

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from prefopt.engine.linear import Shape, linear_logps
+from prefopt.engine.linear import Head, Shape, linear_kl, linear_logps
 
 SHAPES = [Shape(), Shape(temperature=0.7), Shape(scale=2.0, softcap=3.0, temperature=1.3)]
 
@@ -17,11 +17,15 @@ def inputs(bias: bool, dtype: torch.dtype = torch.float64) -> tuple[list[torch.T
     return made, torch.randint(31, (13,), generator=draw)
 
 
-def by_autograd(made: list[torch.Tensor], targets: torch.Tensor, shape: Shape) -> tuple[torch.Tensor, torch.Tensor]:
+def every_logp(made: list[torch.Tensor], shape: Shape) -> torch.Tensor:
     hidden, weight, *bias = made
     x = (hidden @ weight.T + (bias[0] if bias else 0.0)) * shape.scale
     x = x if shape.softcap is None else shape.softcap * torch.tanh(x / shape.softcap)
-    logps = torch.log_softmax(x / shape.temperature, -1)
+    return torch.log_softmax(x / shape.temperature, -1)
+
+
+def by_autograd(made: list[torch.Tensor], targets: torch.Tensor, shape: Shape) -> tuple[torch.Tensor, torch.Tensor]:
+    logps = every_logp(made, shape)
     return logps.gather(1, targets[:, None]).squeeze(1), -(logps.exp() * logps).sum(1)
 
 
@@ -68,3 +72,35 @@ def test_nothing_is_kept_where_no_gradient_is_wanted():
     with torch.no_grad():
         scores = linear_logps(hidden, weight, targets)
     assert not scores.logps.requires_grad
+
+
+@pytest.mark.parametrize("tile_bytes", [1, 3000, 1 << 20], ids=["one row", "some rows", "all rows"])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_divergence_from_a_reference_is_that_of_whole_distributions(bias, shape, tile_bytes):
+    made, _ = inputs(bias)
+    torch.manual_seed(1)
+    others = [x.detach() + 0.3 * torch.randn_like(x) for x in made]
+    heads = [Head(x[1], x[2] if bias else None, shape) for x in (made, others)]
+    found = linear_kl(made[0], heads[0], others[0], heads[1], tile_bytes=tile_bytes)
+    p, q = (every_logp(x, shape) for x in (made, others))
+    expected = torch.nn.functional.kl_div(p, q, log_target=True, reduction="none").sum(1)
+    assert torch.allclose(found, expected, atol=1e-12)
+    assert float(expected.detach().max()) > 0.1
+    weights = torch.linspace(-1, 2, 13).double()
+    pairs = [torch.autograd.grad((x * weights).sum(), made) for x in (found, expected)]
+    assert all(torch.allclose(a, b, atol=1e-11) for a, b in zip(*pairs, strict=True))
+
+
+def test_the_gradient_of_the_matrix_is_added_where_it_lies():
+    made, targets = inputs(bias=False)
+    others = [x.detach() + 1 for x in made]
+    expected = torch.autograd.grad(linear_logps(*made, targets).logps.sum(), made)[1]
+    into = torch.ones_like(made[1])
+    linear_logps(*made, targets, into=into).logps.sum().backward()
+    assert torch.allclose(into, 1 + expected, atol=1e-12)
+    head = Head(made[1])
+    by_kl = torch.autograd.grad(linear_kl(made[0], head, others[0], Head(others[1])).sum(), made)[1]
+    linear_kl(made[0], head, others[0], Head(others[1]), into=into).sum().backward()
+    assert torch.allclose(into, 1 + expected + by_kl, atol=1e-12)
+    assert made[1].grad is None

@@ -17,6 +17,7 @@ from prefopt.engine.services import EngineServices
 from prefopt.errors import ConfigError, ResourceError
 from prefopt.testing.tiny import build_tiny
 
+EMBEDDING = "model.embed_tokens.weight"
 QUERY = "model.layers.0.self_attn.q_proj.weight"
 
 
@@ -57,6 +58,17 @@ def test_tied_weights_are_not_missing(tmp_path):
     build_tiny(tmp_path / "tied", tie_word_embeddings=True)
     network = load_causal(ModelConfig(path=str(tmp_path / "tied")))
     assert network.lm_head.weight is network.model.embed_tokens.weight
+
+
+def test_tied_weights_may_be_stored_under_either_name(tmp_path):
+    """As some published checkpoints do; a classifier has no other head to read them by."""
+    build_tiny(tmp_path / "tied", tie_word_embeddings=True)
+    whole = load_causal(ModelConfig(path=str(tmp_path / "tied"))).model.embed_tokens.weight
+    rewrite(tmp_path / "tied", lambda weights: weights.update({"lm_head.weight": weights.pop(EMBEDDING)}))
+    config = ModelConfig(path=str(tmp_path / "tied"))
+    assert torch.equal(load_causal(config).model.embed_tokens.weight, whole)
+    classifier = load_classifier(config, load_tokenizer(config.path), 0)
+    assert torch.equal(classifier.model.embed_tokens.weight, whole)
 
 
 def test_a_policy_is_no_reward_model_and_a_reward_model_no_policy(tiny_model, tmp_path):

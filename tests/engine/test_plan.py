@@ -1,10 +1,11 @@
 from __future__ import annotations
 
-from itertools import chain
+import random
+from itertools import chain, combinations
 
 import pytest
 
-from prefopt.engine.plan import Micro, Unit, plan
+from prefopt.engine.plan import OVERHEAD, Micro, Unit, plan
 
 LENGTHS = [9, 4, 4, 7, 2, 3, 5, 5]
 GROUPS = [0, 0, 1, 1, 2, 2, 3, 3]
@@ -41,3 +42,23 @@ def test_every_rank_runs_equally_many_and_the_idle_ones_count_for_nothing(world)
 
 def test_nothing_to_plan():
     assert plan([], budget=10, world=2) == [[], []]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_no_cut_is_cheaper(seed):
+    """Of all 2^8 ways to cut nine units in order of width, by the definition of the cost."""
+    draw, budget = random.Random(seed), 64
+    units = [Unit((i,), draw.randint(1, 2), draw.randint(1, 40)) for i in range(9)]
+
+    def cost(cut: list[list[Unit]]) -> float:
+        sizes = [sum(u.rows for u in part) * max(u.width for u in part) for part in cut]
+        over = any(size > budget and len(part) > 1 for size, part in zip(sizes, cut, strict=True))
+        return float("inf") if over else sum(sizes) + len(cut) * budget / OVERHEAD
+
+    ordered = sorted(units, key=lambda u: u.width)
+    marks = (m for n in range(9) for m in combinations(range(1, 9), n))
+    cuts = ([ordered[a:b] for a, b in zip((0, *m), (*m, 9), strict=True)] for m in marks)
+    (micros,) = plan(units, budget)
+    found = [[units[i] for i in micro.index] for micro in micros]
+    assert cost(found) == min(map(cost, cuts))
+    assert len(found) > 1

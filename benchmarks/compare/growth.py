@@ -1,0 +1,107 @@
+"""How time and memory grow, on pairs of exact lengths: with length, with the vocabulary, with the prompt beside TRL.
+
+    python benchmarks/compare/growth.py WORKLOAD PEER_PYTHON OUT.json
+
+Texts are random words that are one token each. Exponents are slopes of log against log by least squares. Memory is what
+a step adds to a process that has loaded its model, without gradients and the two moments of AdamW, 12 bytes a weight.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+import tempfile
+from collections.abc import Sequence
+from math import log
+from pathlib import Path
+from statistics import linear_regression, median
+from typing import Any
+
+import torch
+from compare import Side, ours, peer
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+STEPS = 3
+LENGTHS = (128, 256, 512, 960)
+VOCABULARIES = (16_000, 32_000, 64_000, 128_000)
+PROMPTS = (64, 256, 512, 896)
+
+
+def workload(source: Path, out: Path, prompt: int, completion: int, vocabulary: int = 32_000) -> Path:
+    """Pairs of `prompt` and twice `completion` tokens (with its end) and a random model of `vocabulary` words."""
+    reader = AutoTokenizer.from_pretrained(source / "model")
+    words = [w[1:] for w in reader.get_vocab() if w[0] == "Ġ" and w[1:].isalpha() and w[1:].isascii()]
+    draw = random.Random(0)
+
+    def text(size: int) -> str:
+        return "".join(f" {word}" for word in draw.choices(words, k=size))
+
+    rows = [
+        {"prompt": text(prompt), "chosen": text(completion - 1), "rejected": text(completion - 1)}
+        for _ in range(8 * STEPS)
+    ]
+    assert all(len(reader(row["prompt"] + row["chosen"])["input_ids"]) == prompt + completion - 1 for row in rows)
+    out.mkdir(parents=True)
+    (out / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(source / "model")
+    model.resize_token_embeddings(vocabulary)
+    model.save_pretrained(out / "model")
+    reader.save_pretrained(out / "model")
+    return out
+
+
+def measure(side: Side) -> dict[str, float]:
+    """Seconds of a step, the median of all but the first, and what the steps added to memory, in MB."""
+    with side:
+        seconds = side.train(STEPS)
+    return {"seconds": median(seconds[1:]), "added_mb": side.peak_mb - side.ready.get("resident_mb", 0.0)}
+
+
+def exponent(x: Sequence[float], y: Sequence[float]) -> float:
+    return linear_regression([*map(log, x)], [*map(log, y)]).slope
+
+
+def grown(source: Path, folder: Path) -> dict[str, Any]:
+    """With length and vocabulary, prefopt alone."""
+    by_length = {n: measure(ours(workload(source, folder / f"l{n}", n // 2, n // 2), "dpo", STEPS)) for n in LENGTHS}
+    by_words: dict[str, dict[int, float]] = {}
+    for size in VOCABULARIES:
+        made = workload(source, folder / f"v{size}", 128, 64, size)
+        weights = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(made / "model").parameters())
+        for head, more in {"default": [], "nothing kept": ["optim.head_bytes=0"]}.items():
+            found = measure(ours(made, "dpo", STEPS, *more))
+            by_words.setdefault(head, {})[size] = found["added_mb"] - 12 * weights / 2**20
+    return {
+        "length": by_length,
+        "time_exponent_in_length": exponent(LENGTHS, [f["seconds"] for f in by_length.values()]),
+        "added_mb_by_vocabulary": by_words,
+        "memory_exponent_in_vocabulary": {
+            head: exponent(VOCABULARIES, [*added.values()]) for head, added in by_words.items()
+        },
+    }
+
+
+def prompts(source: Path, folder: Path, python: str) -> dict[str, Any]:
+    """With the prompt, completions of 64 tokens: prefopt and TRL one row at a time."""
+    found: dict[str, dict[int, float]] = {"prefopt": {}, "TRL": {}}
+    for n in PROMPTS:
+        made = workload(source, folder / f"p{n}", n, 64)
+        sides = {"prefopt": ours(made, "dpo", STEPS), "TRL": peer(python, made, "dpo", STEPS, 1, "best")}
+        for name, side in sides.items():
+            found[name][n] = measure(side)["seconds"]
+    slopes = {name: linear_regression(PROMPTS, [*seconds.values()]).slope for name, seconds in found.items()}
+    return {"prompt": found, "seconds_for_each_prompt_token": slopes, "ratio": slopes["prefopt"] / slopes["TRL"]}
+
+
+def main() -> None:
+    source, python, out = Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
+    with tempfile.TemporaryDirectory() as folder:
+        found = grown(source, Path(folder)) | prompts(source, Path(folder), python)
+    out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main()
