@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from prefopt import session
 from prefopt.api import Algorithm, Comparison, Loss, Needs
 from prefopt.config import load_run
+from prefopt.engine.forward import Scorer
 from prefopt.engine.services import EngineServices
 from prefopt.errors import ConfigError, DataError, Preempted, ResourceError
 from prefopt.plugins import load
@@ -350,6 +351,23 @@ def test_checkpointed_gradients_train_the_same_model(tiny_model, tmp_path, name,
         found[again] = load_file(result.model / "model.safetensors")
     for key, x in found[False].items():
         assert torch.allclose(x, found[True][key], atol=1e-5), key
+
+
+@pytest.mark.parametrize(
+    ("name", "forward", "expected"),
+    [("dpo", "fast", [True]), ("reward_model", "fast", [False]), ("dpo", "plain", [])],
+)
+def test_gradients_stay_in_place_on_the_fast_path_only(tiny_model, tmp_path, monkeypatch, name, forward, expected):
+    asked, accumulate = [], Scorer.accumulate_in_place
+    monkeypatch.setattr(
+        Scorer,
+        "accumulate_in_place",
+        lambda self, head_is_used: asked.append(head_is_used) or accumulate(self, head_is_used),
+    )
+    plugins = load()
+    sections = {"algorithm": {"name": name}, "run": {"steps": 1}, "optim": {"forward": forward}}
+    train(tiny_config(tiny_model, tmp_path / "run", sections, plugins), plugins)
+    assert asked == expected
 
 
 class Choosy(Algorithm):

@@ -300,7 +300,8 @@ def read_json(path: Path, limit: int | None = None) -> Records:
     """A list of objects; or an object that holds one as `data`, `examples`, `rows` or `instances`, or that holds
     columns of equal length."""
     try:
-        text = _opened(path).read().decode("utf-8-sig")
+        with _opened(path) as file:
+            text = file.read().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"not UTF-8: {error.reason} at byte {error.start}", where=str(path)) from None
     if text.lstrip(" \t\r\n")[:1] == "[":

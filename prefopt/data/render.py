@@ -105,10 +105,21 @@ class Renderer:
             return tuple(self._begun(prompt))
         return self._conversation(prompt, generate=True)
 
+    def opening(self, prompt: Text) -> tuple[int, ...] | None:
+        """The tokens that replies are drawn from: of a prompt that alone is too long its last ones, None when it is to
+        be dropped. Raises `DataError` when neither was asked for."""
+        ids = self.prompt_ids(prompt)
+        if self.max_length is None or len(ids) <= self.max_length:
+            return ids
+        if self.overflow == "stop":
+            raise self._too_long("the prompt has", len(ids), prompt)
+        return ids[-self.max_length :] if self.overflow == "truncate" else None
+
     def tokens(self, prompt: Text, completion: Completion) -> Tokens:
-        """Prompt and completion as tokens. Raises `DataError` when nothing is left to score."""
+        """Prompt and completion as tokens; a completion that was drawn, behind what it was drawn from. Raises
+        `DataError` when nothing is left to score."""
         if completion.ids is not None:
-            return Tokens(self.prompt_ids(prompt), completion.ids)
+            return Tokens(self.opening(prompt) or self.prompt_ids(prompt), completion.ids)
         found, merged = self._split(prompt, completion.text, completion.finished)
         self.counts["prompts/merged"] += merged
         return found
@@ -213,20 +224,24 @@ class Renderer:
         return tuple(encoded["input_ids"])
 
     def _fitted(self, sequence: Sequence, tokens: Tokens) -> Tokens | None:
-        if self.max_length is None or len(tokens) <= self.max_length:
+        counted = len(tokens) if sequence.completion.ids is None else len(tokens.prompt)  # what was drawn is not cut
+        if self.max_length is None or counted <= self.max_length:
             return tokens
         if self.overflow == "drop":
             return None
         if self.overflow == "stop":
-            raise DataError(
-                f"prompt and completion have {len(tokens)} tokens, more than data.max_length = {self.max_length}",
-                where=f"prompt {_start_of(sequence.prompt)}",
-                fix="Set data.overflow to drop or truncate, or raise data.max_length.",
-            )
+            raise self._too_long("prompt and completion have", len(tokens), sequence.prompt)
         self.counts["rows/truncated"] += 1
         room = max(1, self.max_length - len(tokens.completion))
         prompt = tokens.prompt[-room:]
         return _cut(prompt, tokens, max(1, self.max_length - len(prompt)))
+
+    def _too_long(self, what: str, length: int, prompt: Text) -> DataError:
+        return DataError(
+            f"{what} {length} tokens, more than data.max_length = {self.max_length}",
+            where=f"prompt {_start_of(prompt)}",
+            fix="Set data.overflow to drop or truncate, or raise data.max_length.",
+        )
 
 
 def _cut(prompt: tuple[int, ...], tokens: Tokens, room: int) -> Tokens:

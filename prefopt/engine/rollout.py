@@ -12,13 +12,10 @@ from prefopt.rows import Rollout, Row
 
 
 def draw(drawer: Drawer, renderer: Renderer, rows: List[Row], n: int, *key: str | int) -> list[Rollout]:
-    """`n` completions for the prompt of each row. Draw k for row i depends on `key`, i and k alone."""
-    prompts = [renderer.prompt_ids(row.prompt) for row in rows]
-    requests = [
-        Request(prompt, derive(*key, row.index, k)) for row, prompt in zip(rows, prompts, strict=True) for k in range(n)
-    ]
-    drawn = drawer(requests)
+    """`n` completions for the prompt of each row that fits. Draw k for row i depends on `key`, i and k alone."""
+    prompts = [(row, opening) for row in rows if (opening := renderer.opening(row.prompt)) is not None]
+    drawn = drawer([Request(opening, derive(*key, row.index, k)) for row, opening in prompts for k in range(n)])
     return [
         Rollout(prompt=row.prompt, index=row.index, extra=row.extra, completions=tuple(drawn[i * n : (i + 1) * n]))
-        for i, row in enumerate(rows)
+        for i, (row, _) in enumerate(prompts)
     ]

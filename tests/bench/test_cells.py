@@ -67,7 +67,7 @@ def test_what_is_foreseen_has_no_traceback(plugins, monkeypatch):
 @pytest.mark.parametrize("asked", [(1, 2), (2,), (2, 1, 2)])
 def test_answering_costs_the_replies_drawn_and_not_given_in_any_order_of_tasks(plugins, measurement, asked):
     bench = _Bench(measurement, plugins)
-    best = bench._best_of(replies, Letters(), 3)
+    best = bench._best_of(replies, Letters(), 3, torch.device("cpu"))
     kept = 0
     for count in asked:  # like `Measured`, which asks again only for more
         if count > kept:

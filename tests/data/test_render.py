@@ -128,6 +128,21 @@ def test_truncation_cuts_the_prompt_s_start_then_the_completion_s_end_and_never_
     assert renderer.counts["rows/truncated"] == 2
 
 
+@pytest.mark.parametrize(("overflow", "opening"), [("truncate", ids(*"cccc")), ("drop", None)])
+def test_replies_are_drawn_from_what_fits_of_a_prompt_and_scored_behind_it(overflow, opening):
+    renderer = Renderer(tokenizer(), max_length=4, overflow=overflow)
+    assert renderer.opening("acccc") == opening
+    reply = Completion("bb", ids=ids("b", "b"))
+    drawn = [Sequence(prompt, reply, Role.SAMPLE, group=i) for i, prompt in enumerate(("cccc", "acccc"))]
+    _, tokens = renderer.render(drawn)
+    assert tokens == [Tokens(ids(*"cccc"), reply.ids)] * (2 if opening else 1)  # a reply that was drawn is never cut
+
+
+def test_a_prompt_too_long_to_draw_from_stops_with_the_numbers():
+    with pytest.raises(DataError, match=r"the prompt has 5 tokens, more than data.max_length = 4"):
+        Renderer(tokenizer(), max_length=4).opening("acccc")
+
+
 def test_what_is_counted_does_not_depend_on_what_was_seen_before():
     renderer = Renderer(tokenizer())
     for _ in range(3):

@@ -13,18 +13,20 @@ from prefopt.session import train
 
 
 class Sorted(Algorithm):
-    """Couples the minibatch, and reads less than it asks for: values before and after, and an entropy it ignores."""
+    """Couples the minibatch, and reads less than it asks for: values before and after, and an entropy it ignores. Stays
+    near a reference."""
 
     name, eats = "sorted", Comparison
     coupled: ClassVar[bool] = True
 
     def needs(self) -> Needs:
-        return Needs(before=frozenset({"old_values"}), during=frozenset({"logps", "entropy"}))
+        return Needs(before=frozenset({"old_values"}), during=frozenset({"logps", "entropy", "token_kl"}))
 
     def loss(self, batch: Batch, policy: Policy) -> Loss:
         chosen, rejected = batch.pairs(batch.sum_tokens(policy.logps + batch.old_values))
         gap = chosen.sort().values - rejected.sort().values
-        return Loss(batch.mean(torch.nn.functional.softplus(-gap), "pairs"))
+        kl = batch.mean(policy.token_kl, "tokens")
+        return Loss(batch.mean(torch.nn.functional.softplus(-gap), "pairs") + 0.1 * kl, {"kl": kl})
 
 
 def quiet_plugins() -> Plugins:
