@@ -51,6 +51,8 @@ from prefopt.rows import (
     Row,
     Sequence,
     Text,
+    joined,
+    opening,
     show_text,
 )
 
@@ -103,6 +105,8 @@ __all__ = [
     "Verdict",
     "World",
     "hookimpl",
+    "joined",
     "lazy_import",
+    "opening",
     "show_text",
 ]

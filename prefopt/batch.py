@@ -37,8 +37,11 @@ OUTPUTS: Final[Mapping[str, str]] = {
     "entropy": "[N, T] entropy of the distribution each token was drawn from, in nats",
     "values": "[N, T] value of the state before each token",
     "token_kl": "[N, T] KL(reference || policy) of the distributions each token was drawn from, in nats",
+    "collision_entropy": "[N, T] -log Σ_v p(v)² of the distribution each token was drawn from, in nats; a constant",
     "scores": "[N] scalar score of the whole sequence, read at its last token",
 }
+CONSTANT: Final = frozenset({"collision_entropy"})
+"""Live outputs that no gradient flows through."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +66,8 @@ class Needs:
     rows:   numbers of the row wanted as `[N]` columns (`preference`, `margin`, `rank`, ...).
     before: columns computed without gradient before the step; as a mapping, for the given roles only.
     during: live outputs of the policy, with gradient.
+
+    Sequences of role PROBE are there for `before` and `prepare`: the loss never sees them, and no count holds them.
     """
 
     draws: tuple[Draw, ...] = ()
@@ -247,10 +252,11 @@ class Batch:
 
     # --- means -----------------------------------------------------------------------------------------------------
 
-    def mean(self, x: Tensor, unit: Unit, weighted: bool = True) -> Tensor:
+    def mean(self, x: Tensor, unit: Unit, weighted: bool = True, roles: Iterable[Role] | None = None) -> Tensor:
         """The sum of `x` over this batch, divided by the number of `unit`s in the whole minibatch over all ranks.
 
-        Each term counts `weight` times, as a loss wants it; a metric says `weighted=False`.
+        Each term counts `weight` times, as a loss wants it; a metric says `weighted=False`. For tokens `roles` says
+        whose tokens are summed and counted; by default those of every sequence.
 
         `x` is [N, T] for tokens and chosen_tokens, [N] for sequences, [P] for pairs and [G] for groups; any other
         shape raises `PluginError`. Summing the result over microbatches and ranks gives the mean, so a loss built
@@ -258,11 +264,15 @@ class Batch:
         """
         if unit not in UNITS:
             raise PluginError(f"unknown unit `{unit}`. {did_you_mean(unit, UNITS)}")
-        weight = self._unit_weights(unit)
+        weight, count = self._unit_weights(unit), self.counts[unit]
+        if roles is not None and unit == "tokens":
+            wanted = frozenset(roles)
+            weight = weight * torch.isin(self.role, torch.tensor([int(role) for role in wanted]).to(self.role))[:, None]
+            count = sum(self.counts.get(f"tokens/{role.name}", 0.0) for role in wanted)
         if x.shape != weight.shape:
             raise PluginError(f"mean over {unit} needs shape {tuple(weight.shape)}, got {tuple(x.shape)}")
         used = torch.where(weight != 0, x, torch.zeros_like(x))
-        return (used * (weight if weighted else weight != 0)).sum() / max(self.counts[unit], 1.0)
+        return (used * (weight if weighted else weight != 0)).sum() / max(count, 1.0)
 
     def _unit_weights(self, unit: Unit) -> Tensor:
         if unit == "sequences":
@@ -291,15 +301,21 @@ class Batch:
 
     def recounted(self) -> Batch:
         """The same batch, its counts taken from itself."""
-        chosen = self.role == Role.CHOSEN
+        chosen, trained = self.role == Role.CHOSEN, self.role != Role.PROBE
         counts = {
-            "tokens": float(self.mask.sum()),
-            "sequences": float(len(self)),
+            "tokens": float(self.mask[trained].sum()),
+            "sequences": float(trained.sum()),
             "pairs": float(chosen.sum()),
-            "groups": float(len(set(self.group.tolist()))),
+            "groups": float(len(set(self.group[trained].tolist()))),
             "chosen_tokens": float(self.mask[chosen].sum()),
+            **{f"tokens/{role.name}": float(self.mask[self.role == role].sum()) for role in Role},
         }
         return replace(self, counts=counts)
+
+    @property
+    def trained(self) -> list[int]:
+        """The sequences that a loss sees: all but probes."""
+        return (self.role != Role.PROBE).nonzero().squeeze(1).tolist()
 
     def with_columns(self, **columns: Tensor) -> Batch:
         """The same batch with more columns."""
@@ -332,6 +348,8 @@ class StepContext:
     state: MutableMapping[str, Tensor]
     make_generator: Callable[[str], torch.Generator]
     recorded: dict[str, float] = field(default_factory=dict)
+    warn: Callable[[str], None] = print
+    """Tells the user something, once and for the whole run."""
 
     def record(self, name: str, value: float | Tensor) -> None:
         """Adds a number to the step's metrics."""

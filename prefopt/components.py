@@ -149,10 +149,17 @@ class Algorithm(Component):
     differences: ClassVar[tuple[str, ...]] = ()
     coupled: ClassVar[bool] = False
     """True when the loss couples a whole minibatch (a sort, say), so that it must see it in one piece."""
+    moves: ClassVar[tuple[int, int]] = (1, -1)
+    """What a step does, where the policy is the reference, to better and to worse completions: 1 makes them more
+    likely, -1 less, 0 neither."""
 
     def needs(self) -> Needs:
         """What the engine has to compute. Called once, before any tensor exists."""
         return Needs()
+
+    def loss_at_init(self) -> float | None:
+        """The loss where the policy is the reference, in closed form; None where it has none."""
+        return None
 
     def arrange(self, rows: List[Row]) -> list[Sequence]:
         """The sequences to score for the rows of one global step. A group is numbered by its row's place in `rows`."""

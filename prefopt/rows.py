@@ -11,6 +11,8 @@ from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from typing import Any, ClassVar, TypeAlias
 
+from prefopt.errors import DataError
+
 
 class Role(IntEnum):
     """What a sequence is in its group. Stored as an integer column of the batch."""
@@ -23,6 +25,8 @@ class Role(IntEnum):
     UNDESIRABLE = 5
     PROBE = 6
     SAMPLE = 7
+    OPENING = 8
+    """The prompt itself, scored as a completion of nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +146,10 @@ class Ranking(Row):
     def sequences(self, group: int) -> list[Sequence]:
         """Best first."""
         order = sorted(range(len(self.ranks)), key=lambda i: self.ranks[i])
-        return [self._sequence(self.completions[i], Role.RANKED, group, rank=self.ranks[i]) for i in order]
+        return [
+            self._sequence(self.completions[i], Role.RANKED, group, rank=self.ranks[i], score=self.completions[i].score)
+            for i in order
+        ]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -175,6 +182,26 @@ class Rollout(Row):
 
 
 ROW_KINDS: tuple[type[Row], ...] = (Prompt, Demonstration, Comparison, Ranking, Judgement, Rollout)
+
+
+def opening(row: Row, group: int) -> Sequence:
+    """The prompt of a row as something to score, in the row's group. Raises `DataError` for a conversation."""
+    return Sequence("", Completion(_plain(row), finished=False), Role.OPENING, group, row.weight)
+
+
+def joined(row: Demonstration, group: int) -> Sequence:
+    """Prompt and completion as one thing to score. Raises `DataError` for a conversation."""
+    whole = replace(row.completion, text=_plain(row) + row.completion.text, ids=None)
+    return Sequence("", whole, Role.DEMONSTRATION, group, row.weight)
+
+
+def _plain(row: Row) -> str:
+    if not isinstance(row.prompt, str):
+        raise DataError(
+            "a conversation is never scored as a whole: its template is no text of anybody's",
+            fix="Score completions only; data.train_on: all adds the assistant's earlier turns.",
+        )
+    return row.prompt
 
 
 def show_text(text: Text) -> str:

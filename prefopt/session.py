@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as List
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
@@ -43,11 +44,11 @@ from prefopt.engine.probe import probe
 from prefopt.engine.ranks import Ranks
 from prefopt.engine.recompute import prepare
 from prefopt.engine.record import TIMINGS, Recorder, numbers
-from prefopt.engine.reference import Cached, Moving, Reference, Resident
+from prefopt.engine.reference import AdapterOff, Cached, Moving, Reference, Resident
 from prefopt.engine.rollout import draw
 from prefopt.engine.services import EngineServices, RewardModel
 from prefopt.engine.store import Store
-from prefopt.errors import DataError, Preempted, Problem, redact
+from prefopt.errors import ConfigError, DataError, Preempted, Problem, redact
 from prefopt.hookspecs import RunInfo
 from prefopt.plugins import Plugins
 from prefopt.preflight import check, world_recipe
@@ -102,10 +103,13 @@ class Session:
     failed_observers: set[str] = field(default_factory=set)
     _small: bool = False
 
+    @cached_property
+    def recorder(self) -> Recorder:
+        return Recorder(self.folder.path, self.ranks.main)
+
     def run(self) -> Result:
         began = time.perf_counter()
         reset_peak(self.ranks.device)
-        self.recorder = Recorder(self.folder.path, self.ranks.main)
         try:
             return self._run()
         finally:
@@ -113,10 +117,8 @@ class Session:
             self.recorder.line(TIMINGS, used)
 
     def _run(self) -> Result:
-        torch.manual_seed(derive(self.config.run.seed, "torch"))
-        self.services = EngineServices(self.config.run.seed, self.ranks.device)
         self._describe()
-        loop, evaluator = self._build()
+        loop, evaluator = self.assemble()
         info = RunInfo(self.folder.path, self.config.algorithm.name, loop.progress.step, loop.total)
         self._notify("prefopt_run_started", run=info)
         outcome = "failed"
@@ -144,9 +146,11 @@ class Session:
 
     # --- putting together -------------------------------------------------------------------------------------------
 
-    def _build(self) -> tuple[Loop, Evaluator | None]:
+    def assemble(self) -> tuple[Loop, Evaluator | None]:
         """The loop, restored from the last checkpoint if there is one, and the evaluation beside it."""
         config = self.config
+        torch.manual_seed(derive(config.run.seed, "torch"))
+        self.services = EngineServices(config.run.seed, self.ranks.device)
         self.model = self._model_config(config.model)
         self.tokenizer = load_tokenizer(self.model.path, self.model.trust_remote_code)
         scorer = self._scorer(self.model)
@@ -161,6 +165,7 @@ class Session:
         optimizer = Optimizer(scorer, config.optim, self._lasting(scorer))
         data = (inputs.assembler, inputs.order, inputs.total)
         loop = Loop(config.algorithm, config.optim, *data, config.run.seed, forwarder, optimizer, reference, inputs.mix)
+        loop.warn = self.warn if self.ranks.main else _unsaid
         evaluator = self._evaluator(loop, inputs.held_out)
         if isinstance(reference, Cached):
             self._fill(reference, loop, evaluator)
@@ -183,7 +188,9 @@ class Session:
         if self.config.algorithm.trains_reward:
             return self._on_device(Scorer(load_classifier(model, self.tokenizer, self.config.run.seed)))
         needs = self.config.algorithm.needs()
-        scorer = Scorer(load_causal(model), values="values" in needs.during or "old_values" in needs.columns)
+        scorer = Scorer(
+            load_causal(model, self.config.run.seed), values="values" in needs.during or "old_values" in needs.columns
+        )
         if scorer.value_head is not None:
             scorer.value_head.requires_grad_("values" in needs.during)
         return self._on_device(scorer)
@@ -222,6 +229,15 @@ class Session:
             name = f"reference-{self.ranks.rank}.sqlite" if self.ranks.world > 1 else "reference.sqlite"
             source = self._initial() if settings.path is not None else scorer
             return Cached(Resident(source, device, budget, dtype), Store(kept / name))
+        if self.model.lora is not None and settings.every is not None:
+            raise ConfigError(
+                "a moving reference mixes weights, and adapters are products of two: their mix is none",
+                where="reference.every",
+                fix="Leave out reference.every and reference.mix, or model.lora.",
+            )
+        new = self.model.lora is not None and self.model.lora.path is None
+        if new and settings.every is None and not live and settings.path is None:
+            return AdapterOff(scorer, device, budget, dtype)
         other = self._initial()
         if live:
             scorer.compare_with(other, self.warn if self.ranks.main else _unsaid)
@@ -231,8 +247,7 @@ class Session:
 
     def _initial(self) -> Scorer:
         """A second copy of the reference model."""
-        path = self.config.reference.path if self.config.reference and self.config.reference.path else self.model.path
-        return self._on_device(Scorer(load_causal(self.model.model_copy(update={"path": path}))))
+        return self._on_device(Scorer(load_causal(self._initial_config)))
 
     def _fill(self, reference: Cached, loop: Loop, evaluator: Evaluator | None) -> None:
         """Scores every sequence the run will meet, while the reference is still there, and lets it go."""
@@ -266,7 +281,7 @@ class Session:
             return lambda step, rows: Measured(rows, self.services, renderer, scorer=scorer)
         sampler = self.config.sampler or default_sampler(self.plugins)
         policy = Model(loop.scorer.network, self.tokenizer, self.ranks.device)
-        other = open_model(self.model.model_copy(update={"path": self._initial_path()}), self.ranks.device)
+        other = open_model(self._initial_config, self.ranks.device)
 
         def subject(step: int, rows: List[Row]) -> Measured:
             prompts = adapt(rows, Prompt)
@@ -283,9 +298,12 @@ class Session:
 
         return subject
 
-    def _initial_path(self) -> str:
+    @property
+    def _initial_config(self) -> ModelConfig:
         settings = self.config.reference
-        return settings.path if settings is not None and settings.path is not None else self.model.path
+        if settings is None or settings.path is None:
+            return self.model
+        return self.model.model_copy(update={"path": settings.path, "lora": None})
 
     def _keep_samples(self, step: int, rollouts: list[Rollout]) -> None:
         for group in rollouts:

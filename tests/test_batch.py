@@ -19,7 +19,24 @@ PAIRS = Batch.build(
 def test_build_pads_on_the_right_and_counts():
     assert PAIRS.ids.tolist() == [[1, 2, 0], [3, 0, 0], [4, 5, 6], [7, 8, 0]]
     assert PAIRS.mask.sum(1).tolist() == [2, 1, 3, 2]
-    assert PAIRS.counts == {"tokens": 8, "sequences": 4, "pairs": 2, "groups": 2, "chosen_tokens": 4}
+    expected = {"tokens": 8, "sequences": 4, "pairs": 2, "groups": 2, "chosen_tokens": 4, "tokens/REJECTED": 4}
+    assert {name: PAIRS.counts[name] for name in expected} == expected
+
+
+def test_probes_are_counted_nowhere_and_seen_by_no_loss():
+    roles = [Role.DESIRABLE, Role.PROBE, Role.UNDESIRABLE, Role.PROBE]
+    batch = Batch.build([[1, 2], [3], [4], [5, 6, 7]], role=roles, group=[0, 0, 1, 2])
+    assert batch.trained == [0, 2]
+    assert [batch.counts[unit] for unit in ("tokens", "sequences", "groups")] == [3, 2, 2]
+    assert batch.select(batch.trained).mean(torch.ones(2), "sequences") == 1
+
+
+def test_a_mean_over_the_tokens_of_some_roles():
+    batch = Batch.build([[1, 2], [3], [4, 5, 6]], role=[Role.CHOSEN, Role.REJECTED, Role.OPENING], group=[0, 0, 0])
+    x = torch.tensor([[1.0, 2, 9], [100, 9, 9], [4, 5, 6]])
+    assert batch.mean(x, "tokens", roles=(Role.CHOSEN, Role.OPENING)) == pytest.approx((1 + 2 + 4 + 5 + 6) / 5)
+    part = batch.select([0, 1])
+    assert part.mean(x[:2, :2], "tokens", roles=(Role.CHOSEN, Role.OPENING)) == pytest.approx(3 / 5)
 
 
 def test_reductions_ignore_padding():

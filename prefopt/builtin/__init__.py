@@ -1,7 +1,7 @@
 """What the core itself contributes, through the same hooks as every plugin."""
 
 from prefopt.api import Algorithm, DataSource, RewardSource, Sampler, hookimpl
-from prefopt.builtin.algorithms import RewardModel, RewardModelListwise, SupervisedFineTuning
+from prefopt.builtin.algorithms import DynamicFineTuning, RewardModel, RewardModelListwise, SupervisedFineTuning
 from prefopt.builtin.rewards import TrainedReward
 from prefopt.builtin.samplers import Plain
 from prefopt.builtin.sources import SOURCES
@@ -9,7 +9,7 @@ from prefopt.builtin.sources import SOURCES
 
 @hookimpl
 def prefopt_algorithms() -> list[type[Algorithm]]:
-    return [SupervisedFineTuning, RewardModel, RewardModelListwise]
+    return [SupervisedFineTuning, DynamicFineTuning, RewardModel, RewardModelListwise]
 
 
 @hookimpl

@@ -4,12 +4,26 @@ plugin."""
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Sequence as List
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import NonNegativeFloat
 
-from prefopt.api import Algorithm, Batch, Comparison, Demonstration, Loss, Needs, Policy, Ranking, lazy_import
-from prefopt.maths import plackett_luce_nll, preference_nll
+from prefopt.api import (
+    Algorithm,
+    Batch,
+    Comparison,
+    Demonstration,
+    Loss,
+    Needs,
+    Policy,
+    Ranking,
+    Row,
+    Sequence,
+    joined,
+    lazy_import,
+)
+from prefopt.maths import plackett_luce_nll, preference_nll, stop_gradient
 
 if TYPE_CHECKING:
     import torch
@@ -24,15 +38,38 @@ class SupervisedFineTuning(Algorithm):
     name, eats = "sft", Demonstration
     formula = "L = - Σ_t log π(y_t | x, y_<t) / number of completion tokens in the step"
     dialect = "Completion tokens only, the end-of-sequence token among them; one mean over all tokens of the step."
-    differences = (
+    differences: ClassVar[tuple[str, ...]] = (
         "TRL 1.16 takes the same mean when `completion_only_loss` is on; for rows of `text` it also scores the prompt.",
     )
+
+    scope: Literal["completion", "sequence"] = "completion"
+    """Whether the completion is trained on, or the prompt before it as well."""
 
     def needs(self) -> Needs:
         return Needs(during=frozenset({"logps"}))
 
+    def arrange(self, rows: List[Row]) -> list[Sequence]:
+        if self.scope == "completion":
+            return super().arrange(rows)
+        return [joined(row, i) for i, row in enumerate(rows) if isinstance(row, Demonstration)]
+
     def loss(self, batch: Batch, policy: Policy) -> Loss:
         return Loss(-batch.mean(policy.logps, "tokens"))
+
+
+class DynamicFineTuning(SupervisedFineTuning):
+    """Dynamic fine-tuning: supervised fine-tuning in which unlikely tokens pull less."""
+
+    name = "dft"
+    paper = "Wu et al. 2025, arXiv:2508.05629"
+    formula = "L = - Σ_t sg(π(y_t | x, y_<t)) log π(y_t | x, y_<t) / number of completion tokens in the step"
+    dialect = "A token's probability weighs it, as a constant; one mean over all completion tokens of the step."
+    differences = ("TRL 1.16 (`loss_type: dft`) computes the same.",)
+
+    def loss(self, batch: Batch, policy: Policy) -> Loss:
+        nll = -batch.mean(policy.logps, "tokens")
+        value = -batch.mean(stop_gradient(policy.logps.exp()) * policy.logps, "tokens")
+        return Loss(value, {"loss/nll": nll.detach()})
 
 
 class RewardModel(Algorithm):

@@ -52,6 +52,26 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, defer_build=True)
 
 
+class LoraConfig(Section):
+    """Low-rank adapters in place of all weights (Hu et al. 2021, arXiv:2106.09685); needs the extra `prefopt[lora]`."""
+
+    rank: PositiveInt = 16
+    """The rank of an adapter."""
+    alpha: PositiveFloat = 32.0
+    """Its scale is alpha / rank."""
+    targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    """The layers that get one, by the ends of their names; default: every linear layer but the head."""
+    path: UserPath | None = None
+    """An adapter to go on with. The reference is then the model with this adapter, as the run found it."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        given = sorted({"rank", "alpha", "targets"} & self.model_fields_set)
+        if self.path is not None and given:
+            raise ValueError(f"the adapter at `path` brings its own {', '.join(given)}: leave them out")
+        return self
+
+
 class ModelConfig(Section):
     """The model to train."""
 
@@ -61,6 +81,9 @@ class ModelConfig(Section):
     """The attention implementation of transformers."""
     trust_remote_code: bool = False
     """Whether code that came with the model may run. It never does unless this says so."""
+    lora: LoraConfig | None = None
+    """Train low-rank adapters and leave the weights as they are. The run's `model` is the two merged, its `adapter` the
+    adapters alone."""
 
 
 class RowsConfig(Section):

@@ -63,7 +63,8 @@ def _comparison_to_demonstration(row: Comparison) -> list[Row]:
 
 
 def _ranking_to_comparisons(row: Ranking) -> list[Row]:
-    """Every pair, the better first; with votes, the share of raters who agree is the preference."""
+    """Every pair, the better first; with votes, the share of raters who agree is the preference; with scores, their
+    difference is the margin."""
     return [_compare(row, i, j) for i, j in combinations(range(len(row.ranks)), 2)]
 
 
@@ -74,8 +75,10 @@ def _compare(row: Ranking, i: int, j: int) -> Row:
     counts = [sum(_sign(v[i], v[j]) == s for v in row.votes) for s in (1, -1, 0)]
     if row.votes:
         prefer = (counts[0] + counts[2] / 2) / len(row.votes)
+    above, below = row.completions[i].score, row.completions[j].score
     return Comparison(
         **_shared(row),
+        margin=None if above is None or below is None else above - below,
         chosen=row.completions[i],
         rejected=row.completions[j],
         preference=prefer,

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from prefopt.data import fields as f
@@ -183,7 +183,11 @@ def _ranking(data: Fields) -> Row:
     if not isinstance(texts, list) or len(texts) < 2:
         raise BadField("too few", "completions", "must be a list of at least two completions")
     prompt = f.text(data["prompt"], "prompt")
-    replies = tuple(f.completion(text, f"completions[{i}]", prompt) for i, text in enumerate(texts))
+    scores = data.get("scores")
+    known: list[float | None] = [None] * len(texts) if scores is None else [*f.numbers(scores, "scores", len(texts))]
+    replies = tuple(
+        replace(f.completion(text, f"completions[{i}]", prompt), score=known[i]) for i, text in enumerate(texts)
+    )
     votes = _rater_ranks(data, len(texts))
     shared = _shared(data, prompt, "completions", "ranks", "scores", "votes")
     return Ranking(**shared, completions=replies, ranks=_ranks(data, votes, len(texts)), votes=votes)

@@ -143,10 +143,12 @@ def _sync(path: Path) -> None:
 
 
 def load_tied(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Loads a state from which tensors shared under several names may have been left out but for one."""
+    """Loads a state from which tensors shared under several names may have been left out but for one, and parameters
+    that are not trained altogether."""
     missing, unexpected = module.load_state_dict(tensors, strict=False)
     own = module.state_dict()
+    frozen = {name for name, p in module.named_parameters() if not p.requires_grad}
     shared = {own[name].data_ptr() for name in tensors if name in own}
-    lost = [name for name in missing if own[name].data_ptr() not in shared]
+    lost = [name for name in missing if own[name].data_ptr() not in shared and name not in frozen]
     if lost or unexpected:
         raise ValueError(f"the weights do not fit the model: missing {lost}, unexpected {unexpected}")

@@ -14,12 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from prefopt.data.render import Tokens
-from prefopt.engine.head import token_entropy, token_kl, token_logps
+from prefopt.engine.head import token_collision_entropy, token_entropy, token_kl, token_logps
 from prefopt.engine.layout import PLAIN, Packed, Paths, tree_mask
 from prefopt.engine.linear import Head, Shape, linear_kl, linear_logps
+from prefopt.engine.lora import adapted
 from prefopt.engine.ranks import unwrap
 from prefopt.engine.recompute import recomputing
 from prefopt.errors import ConfigError
+
+LINEAR = frozenset({"logps", "entropy", "collision_entropy"})
+DISTRIBUTIONS = LINEAR | {"token_kl"}
 
 
 class Scorer(nn.Module):
@@ -47,6 +51,14 @@ class Scorer(nn.Module):
     def config(self) -> Any:
         """The network's configuration, as transformers has it."""
         return self.network.config.get_text_config()  # type: ignore[operator,union-attr]
+
+    def kept(self) -> dict[str, Tensor]:
+        """What a checkpoint must hold: everything, or beside adapters only what is trained."""
+        state = self.state_dict()
+        if not adapted(self.network):
+            return state
+        trained = {name for name, p in self.named_parameters() if p.requires_grad}
+        return {name: x for name, x in state.items() if name in trained}
 
     def compare_with(self, reference: Scorer, warn: Callable[[str], None]) -> None:
         """Makes `token_kl` the divergence from this scorer. Both then take the same path."""
@@ -95,12 +107,14 @@ class Scorer(nn.Module):
         """From whole logits. [S] each."""
         out = self.network(**self._inputs(packed), output_hidden_states=self.value_head is not None)
         found = {}
-        if {"logps", "entropy", "token_kl"} & set(want):
+        if DISTRIBUTIONS & set(want):
             logits = out.logits.flatten(0, 1).index_select(0, packed.source)
             if "logps" in want:
                 found["logps"] = token_logps(logits, packed.target, temperature)
             if "entropy" in want:
                 found["entropy"] = token_entropy(logits, temperature)
+            if "collision_entropy" in want:
+                found["collision_entropy"] = token_collision_entropy(logits, temperature)
             if "token_kl" in want:
                 found["token_kl"] = token_kl(logits / temperature, self._beside_logits(packed) / temperature)
         if "values" in want:
@@ -113,8 +127,9 @@ class Scorer(nn.Module):
         found: dict[str, Tensor] = {}
         head = self._head(temperature)
         into = head.weight.grad if self.in_place else None
-        if {"logps", "entropy"} & set(want):
-            options: dict[str, Any] = {"entropy": "entropy" in want, "keep_bytes": self.paths.keep_bytes, "into": into}
+        if LINEAR & set(want):
+            options: dict[str, Any] = {"entropy": "entropy" in want, "collision": "collision_entropy" in want}
+            options |= {"keep_bytes": self.paths.keep_bytes, "into": into}
             scores = linear_logps(states, head.weight, packed.target, head.bias, head.shape, **options)
             found = {name: x for name, x in scores._asdict().items() if name in want}
         if "token_kl" in want:
@@ -139,7 +154,8 @@ class Scorer(nn.Module):
 
     def _values(self, states: Tensor) -> Tensor:
         assert self.value_head is not None, "the scorer was built without a value head"
-        return self.value_head(states.float()).squeeze(-1)  # type: ignore[no-any-return]
+        with torch.autocast(states.device.type, enabled=False):
+            return self.value_head(states.float()).squeeze(-1)  # type: ignore[no-any-return]
 
     def _scores(self, packed: Packed) -> Tensor:
         """The score at the last real token, found by position and never by comparing with a padding id."""

@@ -18,6 +18,12 @@ def token_entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
     return -(logps.exp() * logps).sum(-1)
 
 
+@torch.no_grad()
+def token_collision_entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """`-log Σ p²` of softmax(logits / temperature), in nats. [..., V] -> [...]."""
+    return -torch.logsumexp(2 * torch.log_softmax(logits.float() / temperature, dim=-1), dim=-1)
+
+
 def token_kl(logits: Tensor, reference: Tensor) -> Tensor:
     """`KL(reference || policy)` from the logits of both, in nats. [..., V], [..., V] -> [...]."""
     theirs = torch.log_softmax(reference.float(), dim=-1)

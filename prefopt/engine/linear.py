@@ -48,10 +48,12 @@ class Shape:
 
 
 class Scores(NamedTuple):
-    """`logps` [S] of the targets; `entropy` [S] of the distributions, empty unless asked for; in float32."""
+    """`logps` [S] of the targets; `entropy` [S] and `collision_entropy` [S] of the distributions, empty unless asked
+    for; in float32. No gradient flows through the last."""
 
     logps: Tensor
     entropy: Tensor
+    collision_entropy: Tensor
 
 
 def linear_logps(
@@ -62,6 +64,7 @@ def linear_logps(
     shape: Shape | None = None,
     *,
     entropy: bool = False,
+    collision: bool = False,
     keep_bytes: int = KEEP_BYTES,
     tile_bytes: int = TILE_BYTES,
     into: Tensor | None = None,
@@ -73,7 +76,7 @@ def linear_logps(
     in place of being returned: no second matrix, and no hook on `weight` hears of it.
     """
     dtype = _precision(hidden, weight)
-    settings = _Settings(shape or Shape(), entropy, keep_bytes, tile_bytes, into, dtype)
+    settings = _Settings(shape or Shape(), entropy, keep_bytes, tile_bytes, into, dtype, collision)
     return Scores(*_LinearLogps.apply(hidden, weight, bias, targets, settings))  # type: ignore[no-untyped-call]
 
 
@@ -86,6 +89,7 @@ class _Settings:
     into: Tensor | None
     dtype: torch.dtype
     """Of the operands of products; autocast is over when the backward pass runs, so it is settled before."""
+    collision: bool = False
 
     def tiles(self, positions: int, vocabulary: int, width: int) -> Iterator[slice]:
         rows = max(1, self.tile_bytes // (vocabulary * width))
@@ -96,12 +100,13 @@ class _LinearLogps(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, settings: _Settings
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         states, matrix = _operands(hidden, weight, settings.dtype)
         exact = torch.promote_types(states.dtype, torch.float32)
         logps = torch.empty(len(states), dtype=exact, device=states.device)
         total = torch.empty_like(logps)
         entropy = torch.empty_like(logps) if settings.entropy else logps.new_empty(0)
+        collision = torch.empty_like(logps) if settings.collision else logps.new_empty(0)
         kept: dict[int, Tensor] = {}
         left = settings.keep_bytes if any(ctx.needs_input_grad) else 0
         with torch.autocast(states.device.type, enabled=False):
@@ -114,16 +119,19 @@ class _LinearLogps(torch.autograd.Function):
                 logps[part] -= total[part]
                 if settings.entropy:
                     entropy[part] = -(z.exp() * z).sum(1)
+                if settings.collision:
+                    collision[part] = -torch.logsumexp(2 * z, 1)
                 if z.nbytes <= left:
                     kept[part.start] = z
                     left -= z.nbytes
         ctx.save_for_backward(hidden, weight, bias, targets, total, entropy)
         ctx.settings, ctx.kept = settings, kept
-        return logps, entropy
+        ctx.mark_non_differentiable(collision)
+        return logps, entropy, collision
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, grad_entropy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor, grad_entropy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, targets, total, entropy = ctx.saved_tensors
         settings: _Settings = ctx.settings
         states, matrix = _operands(hidden, weight, settings.dtype)

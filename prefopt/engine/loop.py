@@ -63,6 +63,8 @@ class Loop:
     mix: Mix | None = None
     progress: Progress = field(default_factory=Progress)
     state: dict[str, Tensor] = field(default_factory=dict)
+    warn: Callable[[str], None] = print
+    warned: set[str] = field(default_factory=set)
 
     def run(self, after_step: Callable[[dict[str, float], float], None]) -> None:
         """Steps until the end or until something stops the run; `after_step` gets each step's metrics and seconds."""
@@ -90,14 +92,20 @@ class Loop:
         def make(purpose: str) -> torch.Generator:
             return torch.Generator().manual_seed(derive(self.seed, "prepare", step, purpose))
 
-        return StepContext(step, state, make)
+        return StepContext(step, state, make, warn=self._warn_once)
+
+    def _warn_once(self, message: str) -> None:
+        if message not in self.warned:
+            self.warned.add(message)
+            self.warn(message)
 
     def prepared(self, built: Assembled, ctx: StepContext) -> tuple[Assembled, dict[str, float]]:
         """The step with its columns, after the algorithm's `prepare`."""
         built = fill(built, self.algorithm, self.forwarder, self.reference)
         with torch.no_grad():
             batch = self.algorithm.prepare(built.batch, ctx)
-        return Assembled(batch, built.tokens), ctx.recorded
+        found = Assembled(batch, built.tokens)
+        return found if len(batch.trained) == len(batch) else found.select(batch.trained), ctx.recorded
 
     def update(self, built: Assembled, mixed: Assembled | None = None) -> dict[str, float]:
         """One minibatch: the gradients of all its microbatches, those of what is mixed in, and an update if the
@@ -142,7 +150,7 @@ class Loop:
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """Every tensor a checkpoint holds."""
         groups = {
-            "model": self.scorer.state_dict(),
+            "model": self.scorer.kept(),
             "optimizer": self.optimizer.state(),
             "algorithm": dict(self.state),
             "reference": self.reference.state() if self.reference else {},

@@ -28,6 +28,7 @@ from prefopt.components import Recipe
 from prefopt.config import ModelConfig
 from prefopt.data.render import Tokenizer, load_tokenizer
 from prefopt.data.streams import derive
+from prefopt.engine import lora
 from prefopt.engine.forward import Scorer
 from prefopt.errors import ConfigError, ResourceError
 
@@ -63,10 +64,13 @@ class Model:
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
-def load_causal(config: ModelConfig) -> nn.Module:
-    """The causal language model at `config.path`, in float32."""
+def load_causal(config: ModelConfig, seed: int = 0) -> nn.Module:
+    """The causal language model at `config.path`, in float32, with its adapters if it has any; new ones are drawn from
+    `seed`."""
     network, report = _load(AutoModelForCausalLM.from_pretrained, config)
     _refuse_incomplete(config, report)
+    if config.lora is not None:
+        lora.attach(network, config.lora, seed)
     return network  # type: ignore[no-any-return]
 
 
@@ -83,7 +87,8 @@ def load_classifier(config: ModelConfig, tokenizer: Tokenizer, seed: int | None)
         made = ", ".join(network.config.architectures or ["unknown"])
         raise ConfigError(f"`{config.path}` is no reward model: its architecture is {made}", fix=TRAIN_ONE)
     if fresh and set(report["missing_keys"]) - {HEAD}:  # tied weights may be stored under the name of the other head
-        network.base_model.load_state_dict(load_causal(config).base_model.state_dict())  # type: ignore[union-attr]
+        causal: Any = load_causal(config.model_copy(update={"lora": None}))
+        network.base_model.load_state_dict(causal.base_model.state_dict())
     else:
         _refuse_incomplete(config, report, {HEAD} if fresh else ())
     _separate_padding(network, tokenizer)
@@ -91,6 +96,8 @@ def load_classifier(config: ModelConfig, tokenizer: Tokenizer, seed: int | None)
         with torch.no_grad():
             noise = torch.randn(network.score.weight.shape, generator=_generator(seed or 0, "score head"))
             network.score.weight.copy_(noise / (noise.shape[1] + 1) ** 0.5)
+    if config.lora is not None:
+        lora.attach(network, config.lora, seed or 0, whole=("score",))
     return network  # type: ignore[no-any-return]
 
 
@@ -193,8 +200,15 @@ def build(recipe: Recipe, folder: Path, seed: int) -> None:
 
 
 def save(scorer: Scorer, tokenizer: Tokenizer, folder: Path, state: Mapping[str, torch.Tensor] | None = None) -> None:
-    """Writes a model that `from_pretrained` loads; a value head goes into a file of its own."""
+    """Writes a model that `from_pretrained` loads; a value head goes into a file of its own. Adapters are merged into
+    it, and written by themselves to `adapter` beside it."""
     network: Any = scorer.network
+    if lora.adapted(network):
+        if state is not None:
+            scorer.load_state_dict(state, strict=False)
+        lora.save(network, folder.with_name("adapter"))
+        state = {f"network.{name}": x for name, x in lora.merged(network).items()}
+        state |= {name: x for name, x in scorer.state_dict().items() if name.startswith("value_head.")}
     state = scorer.state_dict() if state is None else state
     own = {name.removeprefix("network."): x for name, x in state.items() if name.startswith("network.")}
     network.save_pretrained(folder, state_dict=own)

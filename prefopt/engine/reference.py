@@ -17,6 +17,7 @@ from prefopt.data.render import Tokens
 from prefopt.engine.checkpoint import load_tied
 from prefopt.engine.forward import Scorer, run
 from prefopt.engine.layout import members, units
+from prefopt.engine.lora import disabled
 from prefopt.engine.plan import plan
 from prefopt.engine.ranks import Ranks
 from prefopt.engine.store import Store
@@ -150,6 +151,15 @@ class Resident:
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Its weights are those it was loaded with."""
+
+
+class AdapterOff(Resident):
+    """The policy itself without its adapters: no second copy of its weights."""
+
+    @torch.no_grad()
+    def logps(self, tokens: Sequence[Tokens], groups: Sequence[int]) -> list[Tensor]:
+        with disabled(self.scorer.network):
+            return super().logps(tokens, groups)
 
 
 class Moving(Resident):

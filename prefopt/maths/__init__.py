@@ -1,5 +1,6 @@
 """Pure tensor functions, the paper's equation beside the line. Torch is loaded on first use."""
 
-from prefopt.maths.preference import plackett_luce_nll, preference_nll
+from prefopt.maths.constants import stop_gradient
+from prefopt.maths.preference import log1mexp, plackett_luce_nll, preference_nll
 
-__all__ = ["plackett_luce_nll", "preference_nll"]
+__all__ = ["log1mexp", "plackett_luce_nll", "preference_nll", "stop_gradient"]

@@ -29,6 +29,26 @@ def preference_nll(margin: Tensor, flipped: float | Tensor = 0.0) -> Tensor:
     return -(1 - flipped) * log_sigmoid(margin) - flipped * log_sigmoid(-margin)
 
 
+def log1mexp(x: Tensor) -> Tensor:
+    """`log(1 - e^x)` for x < 0, accurate at both ends (Maechler 2012): log odds of a log-probability are `x -
+    log1mexp(x)`.
+
+    An x of 0, a probability of 1 to rounding, counts as the largest number below it, so that the result is finite; no
+    gradient flows from there.
+
+    >>> import torch
+    >>> log1mexp(torch.tensor([-0.5, -20.0, 0.0]))
+    tensor([-9.3275e-01, -2.0612e-09, -1.5942e+01])
+    """
+    x = x.clamp(max=-torch.finfo(x.dtype).eps)
+    near = x > -0.6931471805599453
+    return torch.where(
+        near,
+        torch.log(-torch.expm1(torch.where(near, x, -1.0))),
+        torch.log1p(-torch.exp(torch.where(near, -1.0, x))),
+    )
+
+
 def plackett_luce_nll(scores: Tensor, ranks: Tensor, present: Tensor) -> Tensor:
     """`-Σ_k log [ e^{r_k} / Σ_{i: rank_i >= rank_k} e^{r_i} ]`: minus the log-likelihood of each ranking, [G, K] ->
     [G].

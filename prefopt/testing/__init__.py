@@ -1,7 +1,7 @@
 """For plugin authors' tests: `test_conformance = conformance(MyMethod)` checks every promise the engine relies on.
 
-`check_algorithm(cls)` does the same outside pytest. Installing prefopt also gives pytest the fixtures `tiny_model` and
-`train_tiny` (see `prefopt.testing.pytest_plugin`).
+`check_algorithm(cls)` does the same outside pytest; `pinned(path, MyMethod)` keeps its numbers from changing unseen.
+Installing prefopt also gives pytest the fixtures `tiny_model` and `train_tiny` (see `prefopt.testing.pytest_plugin`).
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from prefopt.testing.kit import ConformanceFailure, check_algorithm, conformance
+    from prefopt.testing.kit import ConformanceFailure, check_algorithm, conformance, pinned
 
-__all__ = ["ConformanceFailure", "check_algorithm", "conformance"]
+__all__ = ["ConformanceFailure", "check_algorithm", "conformance", "pinned"]
 
 
 def __getattr__(name: str) -> Any:

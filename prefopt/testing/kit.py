@@ -1,26 +1,36 @@
 """The conformance kit: what the engine relies on in every algorithm, as properties that can fail.
 
-It needs no model: batches are synthetic, with random live outputs in float64.
+Most need no model: batches are synthetic, with random live outputs in float64. The last ones go through the engine with
+a model of two layers: a property that never met the engine would not count.
 """
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
 
 import torch
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
 from torch import Tensor
 
-from prefopt.batch import Batch, Loss, Policy, StepContext
+from prefopt.batch import CONSTANT, Loss, Policy
 from prefopt.components import Algorithm
-from prefopt.errors import MissingColumn
-from prefopt.rows import Comparison, Completion, Demonstration, Judgement, Prompt, Ranking, Rollout, Row, Sequence
+from prefopt.errors import MissingColumn, PrefoptError
+from prefopt.maths.constants import holding
+from prefopt.rows import Comparison, Demonstration, Judgement, Ranking, Role
+from prefopt.testing.engine import Trial, installed, largest_gap, trial
+from prefopt.testing.synthetic import Synthetic, context
 
-GROUPS, LONGEST, PADDING = 6, 7, 3
-WEIGHTS = (1.0, 0.5, 2.0)
+PADDING = 3
 EXTREME = 1e4
 STEP = 1e-6
+EXACT = 1e-9
 
 
 class ConformanceFailure(AssertionError):
@@ -30,23 +40,23 @@ class ConformanceFailure(AssertionError):
 def check_algorithm(algorithm: type[Algorithm] | Algorithm) -> None:
     """Checks every property. Raises `ConformanceFailure` with all that fail, one line each."""
     failures = []
-    for name, check in PROPERTIES.items():
-        try:
-            check(_instance(algorithm))
-        except ConformanceFailure as failure:
+    for name in PROPERTIES:
+        failure = _failure(name, algorithm)
+        if failure:
             failures.append(f"{name}: {failure}")
-            if name == "written":
-                break
+        if failure and name == "written":
+            break
     if failures:
         raise ConformanceFailure("\n".join(failures))
 
 
-def conformance(algorithm: type[Algorithm] | Algorithm) -> Callable[..., None]:
-    """A pytest test with one case for each property: `test_conformance = conformance(MyMethod)`."""
+def conformance(*algorithms: type[Algorithm] | Algorithm) -> Callable[..., None]:
+    """A pytest test with one case for each algorithm and property: `test_conformance = conformance(MyMethod)`."""
     import pytest
 
+    @pytest.mark.parametrize("algorithm", algorithms, ids=_label)
     @pytest.mark.parametrize("name", PROPERTIES)
-    def test(name: str) -> None:
+    def test(algorithm: type[Algorithm] | Algorithm, name: str) -> None:
         if name != "written" and _failure("written", algorithm):
             pytest.skip("the loss is not written yet")
         failure = _failure(name, algorithm)
@@ -56,10 +66,39 @@ def conformance(algorithm: type[Algorithm] | Algorithm) -> Callable[..., None]:
     return test
 
 
+def pinned(path: Path, *algorithms: type[Algorithm] | Algorithm) -> Callable[..., None]:
+    """A pytest test that loss and gradient on a fixed batch are what `path` has kept of them: numbers change only on
+    purpose. `PREFOPT_PIN=1 pytest ...` writes the file."""
+    import pytest
+
+    found = {_label(a): pin(_instance(a)) for a in algorithms} if os.environ.get("PREFOPT_PIN") else None
+    if found is not None:
+        path.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", "utf-8")
+
+    @pytest.mark.parametrize("algorithm", algorithms, ids=_label)
+    def test(algorithm: type[Algorithm] | Algorithm) -> None:
+        kept = json.loads(path.read_text("utf-8")) if path.exists() else {}
+        assert pin(_instance(algorithm)) == pytest.approx(kept.get(_label(algorithm)), rel=1e-9), str(path)
+
+    return test
+
+
+def pin(algorithm: Algorithm) -> dict[str, float]:
+    """The loss on a fixed batch, and its gradient along a fixed direction, when two steps have left their state."""
+    loss, slopes = _third_step(algorithm)
+    return {"loss": loss.item(), **{f"d/d {n}": float((x * _direction(x)).sum()) for n, x in sorted(slopes.items())}}
+
+
+def _label(algorithm: type[Algorithm] | Algorithm) -> str:
+    made = _instance(algorithm)
+    changed = made.model_dump(exclude_defaults=True)
+    return " ".join([made.name, *(f"{key}={changed[key]}" for key in sorted(changed) if key != made.key)])
+
+
 def _failure(name: str, algorithm: type[Algorithm] | Algorithm) -> str:
     try:
         PROPERTIES[name](_instance(algorithm))
-    except ConformanceFailure as failure:
+    except (ConformanceFailure, PrefoptError) as failure:
         return str(failure)
     return ""
 
@@ -73,110 +112,33 @@ def _require(condition: bool, message: str) -> None:
         raise ConformanceFailure(message)
 
 
-# --- synthetic input -------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Synthetic:
-    """A batch with columns, and live outputs."""
-
-    batch: Batch
-    outputs: dict[str, Tensor]
-
-    @classmethod
-    def of(cls, algorithm: Algorithm, seed: int = 0, scale: float = 1.0, groups: int = GROUPS) -> Synthetic:
-        """Rows of the kind the algorithm eats, through its own `arrange`; numbers drawn from `seed`, times `scale`."""
-        generator = torch.Generator().manual_seed(seed)
-        rows = [_row(algorithm.eats, i, generator) for i in range(groups)]
-        sequences = algorithm.arrange(rows)
-        needs = algorithm.needs()
-        fields = {name: torch.tensor([_field(s, name) for s in sequences]).double() for name in needs.rows}
-        batch = Batch.build(
-            [s.completion.ids or () for s in sequences],
-            role=[s.role for s in sequences],
-            group=[s.group for s in sequences],
-            weight=[WEIGHTS[s.group % len(WEIGHTS)] for s in sequences],
-        )
-        shape = batch.mask.shape
-        columns = {
-            name: _only(_random(name, shape, generator, scale), batch, roles) for name, roles in needs.columns.items()
-        }
-        outputs = {name: _random(name, shape, generator, scale) for name in sorted(needs.during)}
-        batch = replace(batch, weight=batch.weight.double()).with_columns(**fields, **columns)
-        ctx = StepContext(0, {}, lambda purpose: torch.Generator().manual_seed(0))
-        return cls(algorithm.prepare(batch, ctx), outputs)
-
-    def select(self, index: list[int]) -> Synthetic:
-        part = self.batch.select(index)
-        width = part.mask.shape[1]
-        outputs = {name: x[index][..., :width] if x.dim() == 2 else x[index] for name, x in self.outputs.items()}
-        return Synthetic(part, outputs)
-
-
-def _row(kind: type[Row], index: int, generator: torch.Generator) -> Row:
-    """A row whose completions hold random ids and are of random length."""
-
-    def completion() -> Completion:
-        size = int(torch.randint(1, LONGEST, (), generator=generator))
-        ids = torch.randint(1, 50, (size,), generator=generator).tolist()
-        return Completion("x" * size, ids=tuple(ids), score=float(torch.rand((), generator=generator)))
-
-    shared: dict[str, Any] = {"prompt": f"prompt {index}", "index": index}
-    make: dict[type[Row], Callable[[], Row]] = {
-        Prompt: lambda: Prompt(**shared),
-        Demonstration: lambda: Demonstration(**shared, completion=completion()),
-        Comparison: lambda: Comparison(
-            **shared,
-            chosen=completion(),
-            rejected=completion(),
-            preference=(1.0, 0.75, 0.5)[index % 3],
-            margin=float(torch.rand((), generator=generator)),
-        ),
-        Ranking: lambda: Ranking(**shared, completions=(completion(), completion(), completion()), ranks=(1, 0, 2)),
-        Judgement: lambda: Judgement(**shared, completion=completion(), desirable=index % 2 == 0),
-        Rollout: lambda: Rollout(**shared, completions=(completion(), completion(), completion())),
-    }
-    return make[kind]()
-
-
-def _field(sequence: Sequence, name: str) -> float:
-    _require(name in sequence.fields, f"needs().rows asks for `{name}`, which {sequence.role.name.lower()} rows lack")
-    return sequence.fields[name]
-
-
-def _random(name: str, shape: torch.Size, generator: torch.Generator, scale: float) -> Tensor:
-    """Log-probabilities are negative, entropies and divergences positive, everything else of either sign."""
-    size = shape[:1] if name == "scores" else shape
-    x = torch.randn(size, generator=generator, dtype=torch.double) * scale
-    if "logps" in name:
-        return -x.abs()
-    return x.abs() if name in ("entropy", "token_kl") else x
-
-
-def _only(x: Tensor, batch: Batch, roles: frozenset[Any]) -> Tensor:
-    wanted = torch.tensor([int(role) in {int(r) for r in roles} for role in batch.role.tolist()])
-    return x * wanted[:, None]
-
-
 def _evaluate(algorithm: Algorithm, made: Synthetic) -> tuple[Loss, dict[str, Tensor]]:
     """The loss and its gradient by each live output."""
-    live = {name: x.clone().requires_grad_() for name, x in made.outputs.items()}
+    live = {name: x.clone().requires_grad_(name not in CONSTANT) for name, x in made.outputs.items()}
     loss = algorithm.loss(made.batch, Policy(live))
     _require(isinstance(loss, Loss), f"loss must return a Loss, not {type(loss).__name__}")
     _require(loss.value.dim() == 0, f"loss must be a scalar, not of shape {tuple(loss.value.shape)}")
     _require(loss.value.requires_grad, "the loss does not depend on any live output")
-    slopes = torch.autograd.grad(loss.value, list(live.values()), allow_unused=True)
-    none = (torch.zeros_like(x) if g is None else g for x, g in zip(live.values(), slopes, strict=True))
-    return loss, dict(zip(live, none, strict=True))
+    leaves = {name: x for name, x in live.items() if x.requires_grad}
+    slopes = torch.autograd.grad(loss.value, list(leaves.values()), allow_unused=True)
+    none = (torch.zeros_like(x) if g is None else g for x, g in zip(leaves.values(), slopes, strict=True))
+    return loss, dict(zip(leaves, none, strict=True))
 
 
-# --- properties ------------------------------------------------------------------------------------------------------
+def _made(algorithm: Algorithm, **options: Any) -> Synthetic:
+    try:
+        return Synthetic.of(algorithm, **options)
+    except LookupError as error:
+        raise ConformanceFailure(str(error)) from None
+
+
+# --- the loss --------------------------------------------------------------------------------------------------------
 
 
 def written(algorithm: Algorithm) -> None:
     """`loss` exists."""
     try:
-        _evaluate(algorithm, Synthetic.of(algorithm))
+        _evaluate(algorithm, _made(algorithm))
     except NotImplementedError as error:
         raise ConformanceFailure(str(error) or f"write {type(algorithm).__name__}.loss") from None
 
@@ -190,7 +152,7 @@ def round_trip(algorithm: Algorithm) -> None:
 def finite(algorithm: Algorithm) -> None:
     """Loss and gradient are finite, also for live outputs of ±10,000 and for completions of probability 1."""
     for scale in (0.0, 1.0, EXTREME):
-        loss, gradient = _evaluate(algorithm, Synthetic.of(algorithm, scale=scale))
+        loss, gradient = _evaluate(algorithm, _made(algorithm, scale=scale))
         _require(bool(loss.value.isfinite()), f"the loss is {loss.value.item()} for live outputs of size {scale:g}")
         for name, slope in gradient.items():
             good = bool(slope.isfinite().all())
@@ -200,19 +162,23 @@ def finite(algorithm: Algorithm) -> None:
 def gradient(algorithm: Algorithm) -> None:
     """The gradient is what the loss does when a live output changes, reaches every output asked for, and nothing else.
 
-    Terms that are meant to be constant (`detach`) belong into `prepare`.
+    Terms that are meant to be constant are made so by `stop_gradient`, or belong into `prepare`.
     """
-    made = Synthetic.of(algorithm)
-    _, slopes = _evaluate(algorithm, made)
+    made = _made(algorithm)
+    constants: list[Tensor] = []
+    with holding(constants):
+        _, slopes = _evaluate(algorithm, made)
     for name, slope in slopes.items():
         _require(bool((slope != 0).any()), f"no gradient reaches `{name}`: leave it out of needs().during")
         if slope.dim() == 2:
             outside = bool((slope[~made.batch.mask] == 0).all())
             _require(outside, f"padding gets a gradient through `{name}`: reduce it with batch.sum_tokens and the like")
-        expected, found = float((slope * _direction(slope)).sum()), _slope_along(algorithm, made, name)
+        expected, found = float((slope * _direction(slope)).sum()), _slope_along(algorithm, made, name, constants)
         close = abs(expected - found) <= 1e-4 * max(float(slope.norm()), abs(found))
         _require(
-            close, f"the gradient by `{name}` is {expected:.6g} along a line where the loss changes by {found:.6g}"
+            close,
+            f"the gradient by `{name}` is {expected:.6g} along a line where the loss changes by {found:.6g}; write "
+            "stop_gradient(x) for what is meant to be constant",
         )
 
 
@@ -220,31 +186,90 @@ def _direction(like: Tensor) -> Tensor:
     return torch.randn(like.shape, generator=torch.Generator().manual_seed(1), dtype=torch.double)
 
 
-def _slope_along(algorithm: Algorithm, made: Synthetic, name: str) -> float:
-    """The central difference of the loss along the direction."""
+def _slope_along(algorithm: Algorithm, made: Synthetic, name: str, constants: list[Tensor]) -> float:
+    """The central difference of the loss along the direction, its declared constants held."""
 
     def at(distance: float) -> float:
         moved = made.outputs[name] + distance * _direction(made.outputs[name])
-        with torch.no_grad():
+        with torch.no_grad(), holding(constants):
             return float(algorithm.loss(made.batch, Policy({**made.outputs, name: moved})).value)
 
     return (at(STEP) - at(-STEP)) / (2 * STEP)
+
+
+def at_the_start(algorithm: Algorithm) -> None:
+    """Where the policy is the reference the loss is `loss_at_init`, and a step moves completions as `moves` says."""
+    made = _made(algorithm, weights=(1.0,), at_reference=True)
+    loss, slopes = _evaluate(algorithm, made)
+    expected = algorithm.loss_at_init()
+    if expected is not None:
+        close = abs(float(loss.value.detach()) - expected) <= EXACT * max(1.0, abs(expected))
+        _require(close, f"the loss where the policy is the reference is {loss.value.item():.9g}, not {expected:.9g}")
+    name = "scores" if "scores" in slopes else "logps"
+    if name in slopes:
+        pull = -slopes[name].reshape(len(made.batch), -1).sum(1)
+        for sign, (side, index) in zip(algorithm.moves, _sides(algorithm, made).items(), strict=False):
+            _moved(pull[index], sign, side)
+
+
+def _sides(algorithm: Algorithm, made: Synthetic) -> dict[str, Tensor]:
+    """The better and the worse sequences, by their names."""
+    role = made.batch.role
+    if algorithm.eats is Ranking:
+        return {"best": made.batch.ranked(torch.arange(len(role)).double())[:, 0].long()}
+    names = {
+        Comparison: (Role.CHOSEN, Role.REJECTED),
+        Judgement: (Role.DESIRABLE, Role.UNDESIRABLE),
+        Demonstration: (Role.DEMONSTRATION,),
+    }
+    return {r.name.lower(): (role == r).nonzero().squeeze(1) for r in names.get(algorithm.eats, ())}
+
+
+def _moved(pull: Tensor, sign: int, side: str) -> None:
+    pull = pull.masked_fill(abs(pull) < EXACT, 0.0)
+    way = {1: "raise", -1: "lower", 0: "leave"}[sign]
+    good = bool((pull == 0).all()) if sign == 0 else bool((pull * sign >= 0).all() and (pull != 0).any())
+    _require(good, f"where the policy is the reference a step should {way} the {side} side: see `moves`")
+
+
+def swap(algorithm: Algorithm) -> None:
+    """Chosen and rejected, exchanged, turn the margin round. (Not where columns are asked for on one side only.)"""
+    sided = any(len(roles & {Role.CHOSEN, Role.REJECTED}) == 1 for roles in algorithm.needs().columns.values())
+    if algorithm.eats is not Comparison or sided:
+        return
+    made = _made(algorithm)
+    one, other = (_evaluate(algorithm, part)[0].metrics.get("reward/margin") for part in (made, made.turned()))
+    if one is not None and other is not None:
+        _equal(one, -other, "reward/margin does not change its sign when chosen and rejected are exchanged")
+
+
+def permutation(algorithm: Algorithm) -> None:
+    """The order of groups in a batch changes nothing."""
+    made = _made(algorithm)
+    groups = made.batch.group.tolist()
+    order = sorted(range(len(groups)), key=lambda i: (-groups[i], i))
+    loss, slopes = _evaluate(algorithm, made)
+    other, turned = _evaluate(algorithm, made.select(order))
+    _equal(loss.value, other.value, "the loss depends on the order of the batch")
+    for name, slope in slopes.items():
+        _equal(slope[order], turned[name], f"the gradient by `{name}` depends on the order of the batch")
 
 
 def microbatches(algorithm: Algorithm) -> None:
     """Loss, metrics and gradient are sums over any split of the batch by groups. (Coupled losses are exempt.)"""
     if algorithm.coupled:
         return
-    made = Synthetic.of(algorithm)
+    made = _made(algorithm)
     whole, slopes = _evaluate(algorithm, made)
-    parts = [_evaluate(algorithm, made.select(index)) for index in _splits(made.batch)]
+    splits = _splits(made)
+    parts = [_evaluate(algorithm, made.select(index)) for index in splits]
     _equal(whole.value, sum(loss.value for loss, _ in parts), "the loss depends on how the batch is split")
     for name, value in whole.metrics.items():
         total = sum(loss.metrics[name] for loss, _ in parts)
         _equal(value, total, f"metric `{name}` depends on how the batch is split")
     for name, slope in slopes.items():
         total = torch.zeros_like(slope)
-        for index, (_, part) in zip(_splits(made.batch), parts, strict=True):
+        for index, (_, part) in zip(splits, parts, strict=True):
             rows = torch.tensor(index)
             if slope.dim() == 2:
                 total[rows, : part[name].shape[1]] += part[name]
@@ -253,19 +278,19 @@ def microbatches(algorithm: Algorithm) -> None:
         _equal(slope, total, f"the gradient by `{name}` depends on how the batch is split")
 
 
-def _splits(batch: Batch) -> list[list[int]]:
+def _splits(made: Synthetic) -> list[list[int]]:
     """Indices of three parts of unequal size; groups stay whole."""
-    groups = batch.group.tolist()
+    groups = made.batch.group.tolist()
     return [[i for i, g in enumerate(groups) if g in part] for part in ({0}, {1, 2}, set(range(3, max(groups) + 1)))]
 
 
 def _equal(a: Tensor, b: Any, message: str) -> None:
-    _require(torch.allclose(a, torch.as_tensor(b, dtype=a.dtype), rtol=1e-9, atol=1e-12), f"{message}; use batch.mean")
+    _require(torch.allclose(a, torch.as_tensor(b, dtype=a.dtype), rtol=EXACT, atol=1e-12), f"{message}; use batch.mean")
 
 
 def padding(algorithm: Algorithm) -> None:
     """More padding, whatever it holds, changes nothing."""
-    made = Synthetic.of(algorithm)
+    made = _made(algorithm)
     loss, _ = _evaluate(algorithm, made)
     wider, _ = _evaluate(algorithm, _padded(made))
     _equal(loss.value, wider.value, "the loss depends on padding")
@@ -281,13 +306,24 @@ def _padded(made: Synthetic) -> Synthetic:
     def widen(x: Tensor) -> Tensor:
         if x.dim() != 2:
             return x
-        noise = torch.randn(mask.shape, generator=generator, dtype=x.dtype)
+        noise = torch.randn(mask.shape, generator=generator, dtype=torch.double).to(x.dtype)
         return torch.where(mask, torch.nn.functional.pad(x, (0, PADDING)), noise)
 
     ids = torch.nn.functional.pad(made.batch.ids, (0, PADDING))
     columns = {name: widen(x) for name, x in made.batch.columns.items()}
     batch = replace(made.batch, ids=ids, mask=mask, columns=columns)
-    return Synthetic(batch, {name: widen(x) for name, x in made.outputs.items()})
+    return replace(made, batch=batch, outputs={name: widen(x) for name, x in made.outputs.items()})
+
+
+def sizes(algorithm: Algorithm) -> None:
+    """One group and three groups work like any other number, and so do completions cut to one token."""
+    for groups, longest in ((1, 7), (3, 7), (3, 2)):
+        loss, slopes = _evaluate(algorithm, _made(algorithm, groups=groups, longest=longest))
+        good = bool(loss.value.isfinite()) and all(bool(slope.isfinite().all()) for slope in slopes.values())
+        _require(good, f"loss or gradient of {groups} groups of at most {longest - 1} tokens is not finite")
+
+
+# --- what it asks for ------------------------------------------------------------------------------------------------
 
 
 def minimal_needs(algorithm: Algorithm) -> None:
@@ -308,11 +344,11 @@ class _Forgetful:
     name: str
 
     def __call__(self) -> None:
-        made = Synthetic.of(self.algorithm)
-        batch = replace(made.batch, columns={k: x for k, x in made.batch.columns.items() if k != self.name})
-        ctx = StepContext(0, {}, lambda purpose: torch.Generator().manual_seed(0))
+        made = _made(self.algorithm)
+        raw = replace(made.raw, columns={k: x for k, x in made.raw.columns.items() if k != self.name})
+        batch = self.algorithm.prepare(raw, context())
         outputs = {k: x for k, x in made.outputs.items() if k != self.name}
-        self.algorithm.loss(self.algorithm.prepare(batch, ctx), Policy(outputs))
+        self.algorithm.loss(batch.select(batch.trained), Policy(outputs))
 
 
 def _reads(run: Callable[[], object]) -> bool:
@@ -323,15 +359,137 @@ def _reads(run: Callable[[], object]) -> bool:
     return False
 
 
-def sizes(algorithm: Algorithm) -> None:
-    """One group and three groups work like any other number."""
-    for groups in (1, 3):
-        loss, _ = _evaluate(algorithm, Synthetic.of(algorithm, groups=groups))
-        _require(bool(loss.value.isfinite()), f"the loss of a batch of {groups} is {loss.value.item()}")
+def options(algorithm: Algorithm) -> None:
+    """Every setting changes loss or gradient of a fixed batch, or is refused: none is ignored."""
+    for name, field in type(algorithm).model_fields.items():
+        others = list(_others(algorithm, name, field))
+        if others:
+            _require(any(_differ(algorithm, other) for other in others), f"the setting `{name}` changes nothing")
+
+
+def _others(algorithm: Algorithm, name: str, field: FieldInfo) -> Iterator[Algorithm]:
+    """The algorithm with other values of one setting, those that it accepts."""
+    for value in _values(getattr(algorithm, name), field.annotation):
+        try:
+            yield type(algorithm).model_validate({**algorithm.model_dump(), name: value})
+        except ValidationError:
+            continue
+
+
+def _values(value: Any, annotation: Any) -> Iterator[Any]:
+    """Other values of a setting: other members of a literal, other numbers."""
+    kinds = [annotation, *get_args(annotation)]
+    for kind in kinds:
+        if get_origin(kind) is Literal:
+            yield from (x for x in get_args(kind) if x != value)
+    if isinstance(value, bool):
+        yield not value
+    elif isinstance(value, int | float):
+        yield from (
+            type(value)(x) for x in (value * 2 + 1, value * 0.6, value + 0.05, value / 2 + 0.1, 0) if x != value
+        )
+    elif value is None:
+        yield from (0.3, 1, 2, 3)
+
+
+def _differ(one: Algorithm, other: Algorithm) -> bool:
+    (loss, slopes), (another, turned) = (_defaults(type(a)) if a == type(a)() else _third_step(a) for a in (one, other))
+    if abs(float((loss - another).detach())) > EXACT or slopes.keys() != turned.keys():
+        return True
+    return not all(x.shape == turned[n].shape and torch.allclose(x, turned[n], rtol=EXACT) for n, x in slopes.items())
+
+
+def _third_step(algorithm: Algorithm) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss and gradient when two steps have left their state."""
+    state: dict[str, Tensor] = {}
+    for seed in (1, 2):
+        _made(algorithm, seed=seed, state=state)
+    loss, slopes = _evaluate(algorithm, _made(algorithm, state=state))
+    return loss.value, slopes
+
+
+@cache
+def _defaults(cls: type[Algorithm]) -> tuple[Tensor, dict[str, Tensor]]:
+    return _third_step(cls())
+
+
+def distinct(algorithm: Algorithm) -> None:
+    """No installed algorithm of another name is the same at its defaults."""
+    own = type(algorithm)
+    if algorithm != own():
+        return
+    for entry in installed().registry.all():
+        other = entry.cls
+        if issubclass(other, Algorithm) and other.eats is algorithm.eats and other.name != algorithm.name:
+            _require(_differ(algorithm, other()), f"it is `{other.name}` of {entry.distribution} under another name")
+
+
+def state(algorithm: Algorithm) -> None:
+    """What `prepare` keeps in `ctx.state` is tensors, and is all that it keeps."""
+    kept: dict[str, Tensor] = {}
+    losses = []
+    for fresh in (False, True):
+        for seed in range(3):
+            again = type(algorithm).model_validate(algorithm.model_dump()) if fresh else algorithm
+            made = _made(again, seed=seed, state=kept)
+            kept = {name: x.clone() for name, x in _tensors(kept).items()}
+        losses.append(_evaluate(algorithm, made)[0].value.item())
+        kept = {}
+    _require(losses[0] == losses[1], "an algorithm made anew goes on differently: keep what must last in ctx.state")
+
+
+def _tensors(kept: dict[str, Tensor]) -> dict[str, Tensor]:
+    for name, x in kept.items():
+        _require(
+            isinstance(x, Tensor), f"ctx.state[{name!r}] is {type(x).__name__}, not a tensor: a checkpoint loses it"
+        )
+    return kept
+
+
+# --- through the engine ----------------------------------------------------------------------------------------------
+
+
+def engine_fast_path(algorithm: Algorithm) -> None:
+    """Shared prompts and a tiled head give the loss and the gradient of separate rows and whole logits."""
+    _alike(algorithm, trial(algorithm, forward="plain"), trial(algorithm), 1e-5, "with the fast path")
+
+
+def engine_microbatches(algorithm: Algorithm) -> None:
+    """A step cut into many microbatches has the loss, metrics and gradient of a whole one."""
+    _alike(algorithm, trial(algorithm), trial(algorithm, token_budget=60), 1e-5, "in many microbatches")
+
+
+def engine_ranks(algorithm: Algorithm) -> None:
+    """Two processes give the loss, metrics and gradient of one. (A class inside a function cannot be found there.)"""
+    if "<locals>" in type(algorithm).__qualname__:
+        return
+    _alike(algorithm, trial(algorithm), trial(algorithm, ranks=2), 1e-5, "on two processes")
+
+
+def engine_bfloat16(algorithm: Algorithm) -> None:
+    """In bfloat16 the loss is that of float32 within 5 %, and the gradient points the same way."""
+    one, other = trial(algorithm), trial(algorithm, precision="bfloat16")
+    gap = abs(one.metrics["loss/total"] - other.metrics["loss/total"])
+    near = gap <= 0.05 * max(1.0, abs(one.metrics["loss/total"]))
+    _require(near, f"in bfloat16 the loss is {other.metrics['loss/total']:.4g}, not {one.metrics['loss/total']:.4g}")
+    cosine = torch.nn.functional.cosine_similarity(one.flat, other.flat, dim=0)
+    _require(bool(cosine > 0.5), f"in bfloat16 the gradient points elsewhere (cosine {float(cosine):.3f})")
+
+
+def _alike(algorithm: Algorithm, one: Trial, other: Trial, tolerance: float, how: str) -> None:
+    for name, x in one.metrics.items():
+        near = abs(x - other.metrics[name]) <= tolerance * max(1.0, abs(x))
+        _require(near, f"{how}, {name} is {other.metrics[name]:.8g}, not {x:.8g}")
+    _require(bool(one.flat.abs().max() > 0), "the model gets no gradient at all")
+    gap = largest_gap(one, other)
+    _require(gap <= tolerance, f"{how}, the gradient differs by {gap:.2g} of its largest element")
 
 
 def _properties() -> Iterator[tuple[str, Callable[[Algorithm], None]]]:
-    for check in (written, round_trip, finite, gradient, microbatches, padding, minimal_needs, sizes):
+    checks = (written, round_trip, finite, gradient, at_the_start, swap, permutation, microbatches, padding, sizes)
+    for check in (*checks, minimal_needs, options, distinct, state):
+        yield check.__name__, check
+    for check in (engine_fast_path, engine_microbatches, engine_ranks, engine_bfloat16):
         yield check.__name__, check
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from prefopt.components import Recipe
+from prefopt.components import Algorithm, Recipe
 from prefopt.config import Document, RunConfig, run_from
 from prefopt.engine.models import build
 from prefopt.plugins import Plugins, load
@@ -57,7 +57,9 @@ def _tiny_row(kind: str, start: int, count: int, desirable: bool) -> dict[str, A
     if kind == "comparison":
         return {**prompt, "chosen": good, "rejected": bad, "margin": count / 2}
     if kind == "ranking":
-        return {**prompt, "completions": [bad, good, bad + "!"], "ranks": [1, 0, 2]}
+        ranks = [1, 0, 2] if desirable else [1, 0, 1]
+        scores = [3.0 - rank for rank in ranks]
+        return {**prompt, "completions": [bad, good, bad + "!"], "ranks": ranks, "scores": scores}
     return {**prompt, "completion": good if desirable else bad, "label": desirable}
 
 
@@ -68,10 +70,14 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
     return path
 
 
-def tiny_config(model: Path, folder: Path, sections: Mapping[str, Any], plugins: Plugins) -> RunConfig:
-    """A run of the tiny model on rows its algorithm can eat; `sections` are laid over the defaults."""
+def tiny_config(
+    model: Path, folder: Path, sections: Mapping[str, Any], plugins: Plugins, own: Algorithm | None = None
+) -> RunConfig:
+    """A run of the tiny model on rows its algorithm can eat; `sections` are laid over the defaults. `own` is an
+    algorithm that need not be installed."""
     algorithm = sections.get("algorithm", {"name": "sft"})
-    eats = plugins.find("algorithm", algorithm["name"]).eats.kind  # type: ignore[attr-defined]
+    found = plugins.find("algorithm", algorithm["name"]) if own is None else type(own)
+    eats = found.eats.kind  # type: ignore[attr-defined]
     data = write_rows(folder.parent / f"{eats}.jsonl", tiny_rows(eats))
     defaults = {
         "prefopt": 1,
@@ -81,7 +87,8 @@ def tiny_config(model: Path, folder: Path, sections: Mapping[str, Any], plugins:
         "optim": {"lr": 1e-2, "batch_size": 8, "schedule": "cosine", "warmup": 0.1},
         "run": {"dir": str(folder), "steps": 4, "device": "cpu", "threads": 1, "checkpoint": {"every": 2}},
     }
-    return run_from(Document(defaults).merged(Document(dict(sections))), plugins.find)
+    config = run_from(Document(defaults).merged(Document(dict(sections))), plugins.find)
+    return config if own is None else config.model_copy(update={"algorithm": own})
 
 
 def train_on(model: Path, folder: Path, sections: Mapping[str, Any], resume: bool = False) -> Result:

@@ -9,11 +9,25 @@ import pytest
 import torch
 
 from prefopt.batch import Batch, Policy
-from prefopt.builtin.algorithms import RewardModel, RewardModelListwise, SupervisedFineTuning
-from prefopt.rows import Role
+from prefopt.builtin.algorithms import DynamicFineTuning, RewardModel, RewardModelListwise, SupervisedFineTuning
+from prefopt.errors import DataError
+from prefopt.rows import Completion, Demonstration, Message, Role
 from prefopt.testing import conformance
 
-test_sft_conforms = conformance(SupervisedFineTuning)
+test_sft_conforms = conformance(
+    SupervisedFineTuning, SupervisedFineTuning(scope="sequence"), DynamicFineTuning, DynamicFineTuning(scope="sequence")
+)
+
+
+def test_the_whole_sequence_is_scored_as_one_and_a_conversation_is_not():
+    row = Demonstration(prompt="Say: ", completion=Completion("a", ids=(1, 2)))
+    (found,) = SupervisedFineTuning(scope="sequence").arrange([row])
+    assert (found.prompt, found.completion.text, found.completion.ids) == ("", "Say: a", None)
+    talk = Demonstration(prompt=(Message("user", "Hi"),), completion=Completion("a"))
+    with pytest.raises(DataError, match="never scored as a whole"):
+        SupervisedFineTuning(scope="sequence").arrange([talk])
+
+
 test_reward_model_conforms = conformance(RewardModel)
 test_reward_model_with_all_options_conforms = conformance(RewardModel(margin=True, centre=0.01))
 test_reward_model_with_hard_labels_conforms = conformance(RewardModel(labels="hard"))

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from prefopt.data.adapt import ADAPTERS, adapt, adaptable
@@ -40,6 +42,12 @@ def test_comparisons():
 def test_a_ranking_becomes_all_its_pairs():
     found = [(c.chosen.text, c.rejected.text, c.preference) for c in adapt([RANKING], Comparison)]
     assert found == [("b", "a", 1.0), ("a", "c", 0.5), ("b", "c", 1.0)]
+
+
+def test_scores_of_a_ranking_become_margins():
+    scored_ones = tuple(replace(c, score=s) for c, s in zip((A, B, C), (2.0, 5.0, None), strict=True))
+    pairs = adapt([Ranking(**SHARED, completions=scored_ones, ranks=(1, 0, 1))], Comparison)
+    assert [(p.chosen.text, p.rejected.text, p.margin) for p in pairs][:2] == [("b", "a", 3.0), ("a", "c", None)]
 
 
 def test_votes_of_a_ranking_become_preferences():

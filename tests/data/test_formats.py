@@ -49,6 +49,7 @@ def test_conversations():
 
 def test_scores_become_ranks_and_equal_ones_tie():
     (row,) = rows({"prompt": "p", "completions": ["a", "b", "c"], "scores": [0.5, 2, 0.5]})
+    assert [c.score for c in row.completions] == [0.5, 2, 0.5]
     assert row.ranks == (1, 0, 1)
 
 
@@ -143,7 +144,7 @@ DEMONSTRATED = Demonstration(prompt=ASKED, completion=Completion("yes"))
         ({"text": "once upon"}, Demonstration(prompt="", completion=Completion("once upon"))),
         ({"instruction": "hi", "completions": [{"response": "yes", "overall_score": 2},
                                                {"response": "no", "overall_score": 7.5}]},
-         Ranking(prompt=ASKED, completions=(Completion("yes"), Completion("no")), ranks=(1, 0))),
+         Ranking(prompt=ASKED, completions=(Completion("yes", score=2), Completion("no", score=7.5)), ranks=(1, 0))),
     ],
 )  # fmt: skip
 def test_what_a_format_means(data, row):

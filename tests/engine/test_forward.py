@@ -49,6 +49,16 @@ def test_entropy_is_that_of_the_distribution_a_token_was_drawn_from(network):
     assert found["entropy"][0].tolist() == pytest.approx((-(p * p.log()).sum(-1)).tolist(), abs=1e-5)
 
 
+def test_collision_entropy_is_that_of_its_definition_on_every_path_and_has_no_gradient(network):
+    with torch.no_grad():
+        p = torch.softmax(network(torch.tensor([[5, 6, 7, 8, 9, 1]])).logits[0, 2:5].double(), -1)
+    for paths in (PLAIN, Paths("causal", tiled=True)):
+        found = run(Scorer(network, paths=paths), TOKENS[:1], ("collision_entropy", "logps"), CPU)
+        assert found["collision_entropy"][0].tolist() == pytest.approx((-(p * p).sum(-1).log()).tolist(), abs=1e-5)
+        assert found["logps"].requires_grad
+        assert not found["collision_entropy"].requires_grad
+
+
 def test_a_value_is_that_of_the_state_before_its_token(network):
     scorer = Scorer(network, values=True)
     assert run(scorer, TOKENS, ("values",), CPU)["values"].abs().sum() == 0  # the head starts at zero

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
+from typing import ClassVar
+
 import pytest
 import torch
+from pydantic import PrivateAttr
 
 from prefopt.api import Algorithm, Comparison, Loss, Needs
 from prefopt.batch import COLUMNS
+from prefopt.maths import stop_gradient
 from prefopt.rows import Role
-from prefopt.testing import ConformanceFailure, check_algorithm
+from prefopt.testing import ConformanceFailure, check_algorithm, kit
 
 
 class Base(Algorithm):
@@ -22,8 +27,8 @@ class Base(Algorithm):
 
     def loss(self, batch, policy):
         chosen, rejected = batch.pairs(batch.sum_tokens(policy.logps - batch.reference_logps))
-        value = torch.nn.functional.softplus(-(chosen - rejected))
-        return Loss(batch.mean(value, "pairs"), {"margin": batch.mean((chosen - rejected).detach(), "pairs")})
+        value = torch.nn.functional.softplus(-self.scale * (chosen - rejected))
+        return Loss(batch.mean(value, "pairs"), {"reward/margin": batch.mean((chosen - rejected).detach(), "pairs")})
 
 
 def pair_margin(batch, policy):
@@ -125,6 +130,100 @@ class Unread(Base):
         return '{"scale": 2.0}'
 
 
+class Stale(Base):
+    name = "stale"
+
+    def loss_at_init(self):
+        return 0.5
+
+
+class Backwards(Base):
+    name = "backwards"
+
+    def loss(self, batch, policy):
+        return Loss(batch.mean(torch.nn.functional.softplus(pair_margin(batch, policy)), "pairs"))
+
+
+class OneSided(Base):
+    name = "one_sided"
+
+    def loss(self, batch, policy):
+        found = super().loss(batch, policy)
+        return Loss(found.value, {"reward/margin": batch.mean(pair_margin(batch, policy).detach().abs(), "pairs")})
+
+
+class Ordered(Base):
+    """The first pair of a batch counts double."""
+
+    name = "ordered"
+    coupled: ClassVar[bool] = True
+
+    def loss(self, batch, policy):
+        value = torch.nn.functional.softplus(-pair_margin(batch, policy))
+        first = torch.arange(len(value)) == int(batch.group[0])
+        return Loss(batch.mean(value * (1 + first), "pairs"))
+
+
+class Ignoring(Base):
+    name = "ignoring"
+    extra: float = 1.0
+
+
+class Twin(Base):
+    name = "twin"
+    scale: float = 0.1
+
+
+class Forgetful(Base):
+    """Keeps what it has seen where no checkpoint finds it."""
+
+    name = "forgetful"
+    _seen: list = PrivateAttr(default_factory=list)
+
+    def prepare(self, batch, ctx):
+        self._seen.append(1.0)
+        return batch.with_columns(weighted=torch.full((len(batch),), float(len(self._seen)), dtype=torch.double))
+
+    def loss(self, batch, policy):
+        chosen, _ = batch.pairs(batch.weighted)
+        return Loss(batch.mean(chosen * torch.nn.functional.softplus(-pair_margin(batch, policy)), "pairs"))
+
+
+class Numbers(Base):
+    name = "numbers"
+
+    def prepare(self, batch, ctx):
+        ctx.state["steps"] = 3
+        return batch
+
+
+class Placed(Base):
+    """Reads where a sequence stands in its microbatch: nothing on a synthetic batch, which is whole."""
+
+    name = "placed"
+    coupled: ClassVar[bool] = False
+
+    def loss(self, batch, policy):
+        share = len(batch) / batch.counts["sequences"]
+        return Loss(share * super().loss(batch, policy).value)
+
+
+class Declared(Base):
+    """A constant that is meant."""
+
+    name = "declared"
+
+    def loss(self, batch, policy):
+        margin = pair_margin(batch, policy)
+        return Loss(batch.mean(torch.nn.functional.softplus(-margin) * stop_gradient(margin.sigmoid()), "pairs"))
+
+
+def test_a_constant_that_is_declared_passes_and_one_that_is_not_does_not():
+    kit.PROPERTIES["gradient"](Declared())
+    with pytest.raises(ConformanceFailure, match="write stop_gradient"):
+        kit.PROPERTIES["gradient"](Detached())
+
+
 def test_a_correct_method_passes():
     check_algorithm(Base)
     check_algorithm(Base(scale=2.0))
@@ -148,13 +247,43 @@ def test_a_correct_method_passes():
         (Vector, "written", "loss must be a scalar, not of shape (6,)"),
         (Number, "written", "loss must return a Loss, not float"),
         (Unread, "round_trip", "settings change in a round trip"),
+        (Stale, "at_the_start", "the loss where the policy is the reference is 0.693147181, not 0.5"),
+        (Backwards, "at_the_start", "should raise the chosen side"),
+        (OneSided, "swap", "reward/margin does not change its sign"),
+        (Ordered, "permutation", "the loss depends on the order of the batch"),
+        (Ignoring, "options", "the setting `extra` changes nothing"),
+        (Twin, "distinct", "it is `dpo` of prefopt-dpo under another name"),
+        (Forgetful, "state", "keep what must last in ctx.state"),
+        (Numbers, "state", "is int, not a tensor"),
+        (Placed, "engine_microbatches", "in many microbatches, loss/total is"),
+        (Placed, "engine_ranks", "on two processes, loss/total is"),
     ],
 )
 def test_a_broken_promise_is_named(cls, property_, words):
     with pytest.raises(ConformanceFailure) as caught:
-        check_algorithm(cls)
-    lines = [line for line in str(caught.value).splitlines() if line.startswith(f"{property_}: ")]
-    assert any(words in line for line in lines), str(caught.value)
+        kit.PROPERTIES[property_](cls())
+    assert words in str(caught.value)
+
+
+def test_all_that_fails_is_said_at_once():
+    with pytest.raises(ConformanceFailure) as caught:
+        check_algorithm(Greedy)
+    assert {line.partition(":")[0] for line in str(caught.value).splitlines()} >= {"gradient", "minimal_needs"}
+
+
+def test_a_pin_holds_numbers_until_they_are_changed_on_purpose(tmp_path, monkeypatch):
+    path = tmp_path / "pins.json"
+    monkeypatch.setenv("PREFOPT_PIN", "1")
+    kit.pinned(path, Base, Base(scale=2.0))
+    monkeypatch.delenv("PREFOPT_PIN")
+    kept = json.loads(path.read_text())
+    assert set(kept) == {"base", "base scale=2.0"}
+    test = kit.pinned(path, Base)
+    test(Base)
+    kept["base"]["loss"] += 1e-6
+    path.write_text(json.dumps(kept))
+    with pytest.raises(AssertionError):
+        test(Base)
 
 
 class Probing(Base):
@@ -180,12 +309,13 @@ def test_every_column_can_be_made_up():
         class Reader(Base):
             name = "reader"
             column: str = ""
+            moves: ClassVar[tuple[int, int]] = (1, 1)
 
             def needs(self):
                 return Needs(before={self.column}, during=frozenset({"logps"}))
 
             def loss(self, batch, policy):
-                return Loss(batch.mean((policy.logps - getattr(batch, self.column)) ** 2, "tokens"))
+                return Loss(self.scale * batch.mean(policy.logps * (getattr(batch, self.column) - 10), "tokens"))
 
         check_algorithm(Reader(column=name))
 

@@ -39,6 +39,15 @@ def test_choices_follow_bradley_terry_at_the_temperature():
     assert wins / 4000 == pytest.approx(verdict.a_better, abs=0.02)
 
 
+def test_a_margin_is_how_much_better_the_majority_finds_the_chosen_side(plugins):
+    source = plugins.find("data source", "replies").model_validate({"format": "comparisons", "size": 200})
+    rows = source.open(EngineServices(0))
+    told = [row for row in rows if row.preference != 0.5]
+    assert len(told) > 100
+    assert all(row.margin > 0 for row in told)
+    assert all(row.margin is None for row in rows if row.preference == 0.5)
+
+
 def test_flips_turn_answers_round():
     fair, flipped = (
         pool(temperature=2.0, flips=f).verdict(Pair(PROMPT, Completion(GOOD), Completion(FAIR))) for f in (0, 0.2)

@@ -7,7 +7,6 @@ does not share: what an over-optimized policy will exploit. Choices follow Bradl
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence as List
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -87,11 +86,12 @@ class Pool:
         flips = self.settings.flips
         return Verdict(float(a * (1 - flips) + b * flips), tie=float(1 - a - b))
 
-    def vote(self, prompt: Text, a: str, b: str, person: int, rng: np.random.Generator) -> int:
-        """One person's answer: 1 for `a`, -1 for `b`, 0 for a tie."""
-        felt = self.logits(prompt, a, b)[person] + rng.logistic()
+    def vote(self, prompt: Text, a: str, b: str, person: int, rng: np.random.Generator) -> float:
+        """One person's answer: above 0 for `a`, below for `b`, 0 for a tie; its size is how much better that reply
+        seems, in log-odds."""
+        felt = float(self.logits(prompt, a, b)[person] + rng.logistic())
         flip = -1 if rng.random() < self.settings.flips else 1
-        return 0 if abs(felt) < self.settings.tie_width else flip * int(math.copysign(1, felt))
+        return 0.0 if abs(felt) < self.settings.tie_width else flip * felt
 
     def rank(self, prompt: Text, replies: List[str], person: int, rng: np.random.Generator) -> tuple[int, ...]:
         """One person's ranking: the place of each reply, 0 the best. An accident swaps two neighbours."""

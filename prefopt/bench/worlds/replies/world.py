@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from collections.abc import Sequence as List
 from hashlib import sha256
 from itertools import islice
+from statistics import fmean
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, PositiveInt
@@ -81,10 +82,12 @@ class RepliesData(DataSource):
     def _comparison(self, shared: dict[str, Any], request: Request, pool: Pool, rng: np.random.Generator) -> Row:
         a, b = _different_replies(request, 2, rng)
         votes = [pool.vote(shared["prompt"], a, b, person, rng) for person in self._people(rng)]
-        counts = (votes.count(1), votes.count(-1), votes.count(0))
+        sides = [[s for s in votes if s > 0], [s for s in votes if s < 0], [s for s in votes if s == 0]]
+        counts = (len(sides[0]), len(sides[1]), len(sides[2]))
         share = (counts[0] + counts[2] / 2) / len(votes)
-        row = Comparison(**shared, chosen=Completion(a), rejected=Completion(b), preference=share, votes=counts)
-        return row.upright()
+        margin = None if share == 0.5 else fmean(sides[0] if share > 0.5 else sides[1])  # as the majority sees it
+        told = {**shared, "chosen": Completion(a), "rejected": Completion(b)}
+        return Comparison(**told, preference=share, margin=margin, votes=counts).upright()
 
     def _ranking(self, shared: dict[str, Any], request: Request, pool: Pool, rng: np.random.Generator) -> Row:
         replies = _different_replies(request, self.completions, rng)

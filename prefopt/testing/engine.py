@@ -1,0 +1,193 @@
+"""One step of an algorithm through the engine, with a model of two layers: its metrics and its gradient.
+
+The reference is another model than the policy, so that no term of a loss is 0. Results are kept: properties compare
+many ways to take the step with the same plain one.
+"""
+
+from __future__ import annotations
+
+import atexit
+import base64
+import importlib.util
+import inspect
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from shutil import rmtree
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prefopt.components import Algorithm
+from prefopt.engine.backward import backward
+from prefopt.engine.folder import RunFolder
+from prefopt.engine.ranks import Ranks
+from prefopt.errors import PrefoptError
+from prefopt.plugins import Plugins, load
+from prefopt.session import Session
+from prefopt.testing.tiny import build_tiny, tiny_config
+
+
+@dataclass(frozen=True)
+class Trial:
+    """The metrics of a first step, and the gradient of every parameter, one after the other."""
+
+    metrics: dict[str, float]
+    flat: Tensor
+
+
+_kept: dict[tuple[str, ...], Trial] = {}
+
+
+def trial(algorithm: Algorithm, ranks: int = 1, **optim: Any) -> Trial:
+    """The first step on a few rows. `optim` are settings of that section; `ranks` 2 takes it on two processes."""
+    key = (str(type(algorithm)), algorithm.model_dump_json(), str(ranks), json.dumps(optim, sort_keys=True))
+    if key not in _kept:
+        _kept[key] = first_step(algorithm, optim) if ranks == 1 else _pair().step(algorithm, optim)
+    return _kept[key]
+
+
+def largest_gap(one: Trial, other: Trial) -> float:
+    """The largest difference of two gradients, as a share of the largest element."""
+    return float((one.flat - other.flat).abs().max() / one.flat.abs().max().clamp(min=1e-12))
+
+
+def first_step(algorithm: Algorithm, optim: dict[str, Any], folder: Path | None = None) -> Trial:
+    """The step in this process, or in this one of several. Raises `PrefoptError` where the engine does."""
+    home = _home() if folder is None else folder
+    run = Path(tempfile.mkdtemp(dir=home)) / "run"
+    sections: dict[str, Any] = {"optim": {"batch_size": 5, **optim}, "run": {"steps": 1}}
+    needs = algorithm.needs()
+    if needs.reference:
+        sections["reference"] = {"path": str(home / "reference")}
+    config = tiny_config(home / "policy", run, sections, installed(), own=algorithm)
+    place = RunFolder(run)
+    place.path.mkdir(parents=True, exist_ok=True)
+    loop, _ = Session(config, installed(), Ranks("cpu"), place, lambda message: None).assemble()
+    built = loop.assembler(loop.order.step(0))
+    assert built is not None, "the rows of a step are all used"
+    built, recorded = loop.prepared(built, loop.context(0, loop.state))
+    metrics = backward(algorithm, loop.forwarder, built)
+    parameters = dict(loop.scorer.named_parameters())
+    slopes = [x.grad if x.grad is not None else torch.zeros_like(x) for _, x in sorted(parameters.items())]
+    rmtree(run.parent)
+    return Trial(recorded | metrics, torch.cat([x.detach().flatten() for x in slopes]))
+
+
+@cache
+def installed() -> Plugins:
+    """All installed plugins, loaded once."""
+    return load()
+
+
+@cache
+def _home() -> Path:
+    """A folder with two models, gone with the process."""
+    home = Path(tempfile.mkdtemp(prefix="prefopt-testing-"))
+    atexit.register(rmtree, home, ignore_errors=True)
+    build_tiny(home / "policy", seed=0)
+    build_tiny(home / "reference", seed=1)
+    return home
+
+
+# --- two processes ---------------------------------------------------------------------------------------------------
+
+
+class Pair:
+    """Two processes over gloo that take steps when asked; one pair serves every test of a process."""
+
+    def __init__(self) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        kept = {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE")}
+        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-m", "prefopt.testing.engine", str(_home())]
+        self.processes = [
+            subprocess.Popen(
+                command,
+                env={**kept, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            for rank in (0, 1)
+        ]
+        atexit.register(self.close)
+
+    def step(self, algorithm: Algorithm, optim: dict[str, Any]) -> Trial:
+        """The step on both. Raises `PrefoptError` with what either says of its failure."""
+        cls = type(algorithm)
+        job = {
+            "class": [cls.__module__, cls.__qualname__, inspect.getfile(cls)],
+            "settings": algorithm.model_dump_json(),
+            "optim": optim,
+        }
+        for process in self.processes:
+            assert process.stdin is not None
+            print(json.dumps(job), file=process.stdin, flush=True)
+        answers = [json.loads(self._line(process)) for process in self.processes]
+        for answer in answers:
+            if "error" in answer:
+                raise PrefoptError(f"on two processes: {answer['error']}")
+        flat = torch.frombuffer(bytearray(base64.b64decode(answers[0]["flat"])), dtype=torch.float32)
+        return Trial(answers[0]["metrics"], flat)
+
+    @staticmethod
+    def _line(process: subprocess.Popen[str]) -> str:
+        assert process.stdout is not None
+        return process.stdout.readline() or '{"error": "the process ended"}'
+
+    def close(self) -> None:
+        """Ends both."""
+        for process in self.processes:
+            process.kill()
+            process.wait()
+
+
+@cache
+def _pair() -> Pair:
+    return Pair()
+
+
+def _found(module: str, name: str, file: str) -> Any:
+    """A class by its module, or where that cannot be imported, as of a test, by its file."""
+    try:
+        found: Any = importlib.import_module(module)
+    except ImportError:
+        spec = importlib.util.spec_from_file_location(module, file)
+        assert spec is not None, file
+        assert spec.loader is not None, file
+        found = sys.modules[module] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(found)
+    for part in name.split("."):
+        found = getattr(found, part)
+    return found
+
+
+def _answer(job: dict[str, Any], home: Path) -> dict[str, Any]:
+    try:
+        cls = _found(*job["class"])
+        found = first_step(cls.model_validate_json(job["settings"], strict=True), job["optim"], home)
+    except Exception as error:  # whatever it is, the other side has to hear of it
+        return {"error": f"{type(error).__name__}: {error}"}
+    return {"metrics": found.metrics, "flat": base64.b64encode(found.flat.numpy().tobytes()).decode()}
+
+
+def main() -> None:
+    """Answers each line of the standard input with one of the standard output."""
+    home = Path(sys.argv[1])
+    for line in sys.stdin:
+        sys.stdout.write(json.dumps(_answer(json.loads(line), home)) + "\n")
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+"""Adapters: they change nothing at first, are all that is trained, and leave a run in two forms that agree."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from prefopt.errors import ConfigError
+from prefopt.testing.tiny import train_on
+
+LORA = {"rank": 4, "alpha": 8.0}
+IDS = torch.tensor([[5, 9, 20, 33, 41, 12]])
+
+
+def run(tiny_model: Path, folder: Path, algorithm: str, lora: dict | None = None, **sections):
+    model = {"path": str(tiny_model), "lora": LORA if lora is None else lora}
+    sections = {"algorithm": {"name": algorithm}, "model": model, **sections}
+    return train_on(tiny_model, folder, sections)
+
+
+def losses(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def logits(network: torch.nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return network.eval()(IDS).logits
+
+
+@pytest.mark.parametrize("algorithm", ["sft", "dpo", "orpo", "kto", "tdpo2", "reward_model"])
+def test_the_merged_model_computes_what_base_and_adapter_do(tiny_model, tmp_path, algorithm):
+    result = run(tiny_model, tmp_path / "run", algorithm)
+    auto = AutoModelForSequenceClassification if algorithm == "reward_model" else AutoModelForCausalLM
+    options = {"num_labels": 1} if algorithm == "reward_model" else {}
+    merged = auto.from_pretrained(result.model)
+    base = auto.from_pretrained(tiny_model, pad_token_id=merged.config.pad_token_id, **options)
+    if algorithm == "reward_model":
+        base.resize_token_embeddings(merged.config.vocab_size, mean_resizing=False)
+    before = logits(base).clone()
+    apart = PeftModel.from_pretrained(base, str(result.folder / "adapter"))
+    assert (logits(merged) - logits(apart)).abs().max() < 1e-5
+    assert (logits(merged) - before).abs().max() > 1e-3
+
+
+def test_only_adapters_are_trained_and_kept(tiny_model, tmp_path):
+    result = run(tiny_model, tmp_path / "run", "dpo")
+    base, merged = (load_file(folder / "model.safetensors") for folder in (tiny_model, result.model))
+    changed = {name for name in base if not torch.equal(base[name], merged[name])}
+    assert changed
+    assert all(name.endswith("_proj.weight") for name in changed)
+    (last,) = sorted((result.folder / "checkpoints").glob("*4"))
+    kept = load_file(last / "model.safetensors")
+    assert kept
+    assert all(".lora_" in name for name in kept)
+
+
+def test_the_reference_is_the_policy_without_its_adapters(tiny_model, tmp_path):
+    found = [
+        losses(run(tiny_model, tmp_path / mode, "dpo", reference={"mode": mode}).folder)
+        for mode in ("cached", "resident")
+    ]
+    assert found[0][0]["loss/total"] == pytest.approx(math.log(2), abs=1e-6)
+    for one, other in zip(*found, strict=True):
+        assert other == pytest.approx(one, abs=1e-5)
+    assert found[0][-1]["loss/total"] != pytest.approx(math.log(2), abs=1e-4)
+
+
+@pytest.mark.parametrize("mode", ["cached", "resident"])
+def test_an_adapter_that_is_continued_is_its_own_reference(tiny_model, tmp_path, mode):
+    first = run(tiny_model, tmp_path / "first", "sft")
+    lora = {"path": str(first.folder / "adapter")}
+    second = run(tiny_model, tmp_path / "second", "dpo", lora, reference={"mode": mode})
+    assert losses(second.folder)[0]["loss/total"] == pytest.approx(math.log(2), abs=1e-6)
+    merged, before = (load_file(r.model / "model.safetensors") for r in (second, first))
+    assert 0 < max(float((merged[n] - before[n]).abs().max()) for n in before) < 0.2
+
+
+def test_a_run_with_adapters_goes_on_byte_for_byte(tiny_model, tmp_path):
+    whole = run(tiny_model, tmp_path / "whole", "dpo", run={"steps": 4})
+    other = run(tiny_model, tmp_path / "other", "dpo", run={"steps": 4})
+    for path in (other.folder / "result.json", *sorted((other.folder / "checkpoints").glob("*4/*"))):
+        path.unlink()
+    sorted((other.folder / "checkpoints").glob("*4"))[0].rmdir()
+    sections = {"algorithm": {"name": "dpo"}, "model": {"path": str(tiny_model), "lora": LORA}, "run": {"steps": 4}}
+    again = train_on(tiny_model, tmp_path / "other", sections, resume=True)
+    for name in ("model/model.safetensors", "adapter/adapter_model.safetensors", "metrics.jsonl"):
+        assert (again.folder / name).read_bytes() == (whole.folder / name).read_bytes(), name
+
+
+def test_score_heads_are_trained_whole_and_saved_with_the_adapter(tiny_model, tmp_path):
+    result = run(tiny_model, tmp_path / "run", "reward_model")
+    kept = load_file(result.folder / "adapter/adapter_model.safetensors")
+    assert "base_model.model.score.weight" in kept
+    assert json.loads((result.folder / "adapter/adapter_config.json").read_text())["modules_to_save"] == ["score"]
+
+
+@pytest.mark.parametrize(
+    ("lora", "reference", "message"),
+    [
+        ({"targets": ["nothing"]}, None, "the adapter cannot be attached"),
+        ({"path": "/nowhere"}, None, "the adapter cannot be attached"),
+        (LORA, {"every": 2, "mix": 0.5}, "a moving reference mixes weights"),
+    ],
+)
+def test_what_cannot_be_is_said(tiny_model, tmp_path, lora, reference, message):
+    sections = {} if reference is None else {"reference": reference}
+    with pytest.raises(ConfigError, match=message):
+        run(tiny_model, tmp_path / "run", "dpo", lora, **sections)
+
+
+def test_an_adapter_brings_its_own_rank(tiny_model, tmp_path):
+    with pytest.raises(ConfigError, match="brings its own rank"):
+        run(tiny_model, tmp_path / "run", "dpo", {"path": "/nowhere", "rank": 3})
