@@ -103,7 +103,7 @@ def test_lists_of_allowed_plugins_limit_what_is_imported(site, install_plugin, m
     monkeypatch.setenv("PREFOPT_PLUGINS", "made-spy, prefopt-dpo")
     assert "dpo" not in load(allow=["made-spy"]).registry.names("algorithm")
     monkeypatch.setenv("PREFOPT_PLUGINS", "")
-    assert load().registry.names("algorithm") == ["reward_model", "reward_model_listwise", "sft"]
+    assert load().registry.names("algorithm") == ["dft", "reward_model", "reward_model_listwise", "sft"]
     assert (site / "trace").read_text() == "x"  # imported once, when it was allowed
 
 

@@ -7,10 +7,6 @@ import torch
 from prefopt_dpo import DPO
 
 from prefopt.api import Batch, Policy, Role
-from prefopt.testing import conformance
-
-test_dpo_conforms = conformance(DPO)
-test_dpo_with_label_smoothing_conforms = conformance(DPO(label_smoothing=0.2))
 
 LENGTHS = [2, 3, 1, 4]
 POLICY = [[-0.5, -1.0], [-2.0, -0.1, -0.7], [-0.3], [-1.1, -0.9, -0.2, -0.4]]
