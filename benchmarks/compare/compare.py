@@ -124,8 +124,8 @@ def fastest(python: str, workload: Path, method: str) -> int:
 
 
 def needed_gflop(workload: Path, method: str, steps: Sequence[int]) -> float:
-    """Mean useful work of a step: each token of a pair's row once, completion positions through the head, forward and
-    backward, no recomputation; attention by visible pairs of places."""
+    """Mean useful work of a step: each token of a pair's row once, scored positions through the head, forward and
+    backward, no recomputation; attention by visible pairs of places. KTO's mismatched replies go forward only."""
     from transformers import AutoConfig, AutoTokenizer
 
     config = AutoConfig.from_pretrained(workload / "model")
@@ -135,16 +135,23 @@ def needed_gflop(workload: Path, method: str, steps: Sequence[int]) -> float:
     body, head = config.num_hidden_layers * layer, config.hidden_size * config.vocab_size
     width = config.num_hidden_layers * config.hidden_size
 
-    def work(row: dict[str, str]) -> float:
-        prompt = len(reader(row["prompt"])["input_ids"])
-        sides = ["chosen"] if method == "sft" else ["chosen", "rejected"]
-        sizes = [len(reader(row["prompt"] + row[side])["input_ids"]) + 1 - prompt for side in sides]
+    def flop(prompt: int, sizes: Sequence[int], scored: int) -> float:
         seen = prompt**2 + sum(2 * prompt * size + size**2 for size in sizes)
-        scored = 0 if method == "reward_model" else sum(sizes)
-        return 3 * (2 * body * (prompt + sum(sizes)) + 2 * width * seen + 2 * head * scored)
+        return 2 * body * (prompt + sum(sizes)) + 2 * width * seen + 2 * head * scored
 
-    used = [row for step in steps for row in rows[8 * step : 8 * step + 8]]
-    return sum(map(work, used)) / len(steps) / 1e9
+    def work(i: int) -> float:
+        row = rows[i]
+        prompt = len(reader(row["prompt"])["input_ids"])
+        sizes = {s: len(reader(row["prompt"] + row[s])["input_ids"]) + 1 - prompt for s in ("chosen", "rejected")}
+        both = list(sizes.values())
+        if method == "kto":
+            own = both[i % 2]
+            return 3 * flop(prompt, [own], own) + flop(0, [own], own)  # a mismatched reply is as long as its own row's
+        used = both[:1] if method == "sft" else both
+        scored = {"reward_model": 0, "orpo": prompt + sum(both)}.get(method, sum(used))
+        return 3 * flop(prompt, used, scored)
+
+    return sum(work(8 * step + i) for step in steps for i in range(8)) / len(steps) / 1e9
 
 
 def compare(python: str, workload: Path, method: str, blocks: int) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """prefopt's side: `python ours.py WORKLOAD METHOD TOTAL_STEPS [GRADIENTS] [KEY=VALUE...]`, as `worker.py` says.
 
-METHOD is dpo, sft or reward_model; GRADIENTS a file for those of the first step; KEY=VALUE overrides the configuration.
+METHOD is dpo, sft, reward_model, orpo or kto; GRADIENTS a file for those of the first step; KEY=VALUE overrides the
+configuration.
 """
 
 from __future__ import annotations
@@ -21,15 +22,13 @@ from prefopt.config import load_run
 from prefopt.engine.folder import RunFolder
 from prefopt.engine.loop import Loop
 from prefopt.engine.ranks import Ranks
-from prefopt.engine.record import Recorder
-from prefopt.engine.services import EngineServices
 from prefopt.plugins import load
 
 CONFIG = """
 prefopt: 1
 model: {{path: {workload}/{model}}}
-data: {{source: jsonl, path: {workload}/pairs.jsonl}}
-algorithm: {{name: {method}}}
+data: {{source: jsonl, path: {workload}/{rows}.jsonl}}
+algorithm: {{name: {method}{settings}}}
 optim: {{lr: 1.0e-5, batch_size: 8, schedule: constant, max_grad_norm: 1.0e9}}
 run: {{dir: {folder}/run, steps: {steps}, device: cpu, threads: 2}}
 """
@@ -51,6 +50,8 @@ def build(workload: Path, method: str, steps: int, folder: Path, overrides: list
     plugins = load()
     plugins.manager.unregister(name="prefopt:progress")
     settings = {"workload": workload, "method": method, "folder": folder, "steps": steps}
+    settings["rows"] = "judgements" if method == "kto" else "pairs"
+    settings["settings"] = ", nll: sequence" if method == "orpo" else ""  # TRL's dialect
     settings["model"] = "classifier" if method == "reward_model" else "model"
     (folder / "run.yaml").write_text(CONFIG.format(**settings))
     config = load_run(folder / "run.yaml", plugins.find, overrides)
@@ -66,9 +67,7 @@ def build(workload: Path, method: str, steps: int, folder: Path, overrides: list
         seconds[0] = time.perf_counter() - began
 
     run._fill = timed  # type: ignore[method-assign]
-    run.services = EngineServices(config.run.seed, run.ranks.device)
-    run.recorder = Recorder(run.folder.path, True)
-    loop, _ = run._build()
+    loop, _ = run.assemble()
     loop.order = InOrder(config.optim.batch_size, steps)  # type: ignore[assignment]
     return loop, seconds[0]
 

@@ -60,7 +60,8 @@ class Blocks(TrainerCallback):  # type: ignore[misc]
 
 def rows(workload: Path, method: str, count: int) -> Dataset:
     """The first pairs, in order, as the trainer of the method wants them."""
-    lines = (workload / "pairs.jsonl").read_text(encoding="utf-8").splitlines()[:count]
+    name = "judgements" if method == "kto" else "pairs"
+    lines = (workload / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()[:count]
     found = [json.loads(line) for line in lines]
     if method == "sft":
         found = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in found]
@@ -107,6 +108,16 @@ def trainer(workload: Path, method: str, steps: int, micro: int, best: bool, cal
     if method == "sft":
         from trl import SFTConfig as config
         from trl import SFTTrainer as make
+    if method == "kto":
+        from trl import KTOConfig as config
+        from trl import KTOTrainer as make
+
+        common |= {"beta": 0.1, "precompute_ref_log_probs": best}
+    if method == "orpo":
+        from trl.experimental.orpo import ORPOConfig as config
+        from trl.experimental.orpo import ORPOTrainer as make
+
+        common |= {"beta": 0.1}
     data = rows(workload, method, BATCH * steps)
     reader = AutoTokenizer.from_pretrained(path)
     return make(model, args=config(**common), train_dataset=data, processing_class=reader, callbacks=[callback])
@@ -116,10 +127,11 @@ def main() -> None:
     workload, method, steps, micro = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
     gradients = next((Path(a) for a in sys.argv[5:] if a != "best"), None)
     reference = [0.0]
-    if method == "dpo":
+    if method in ("dpo", "kto"):
         import trl
 
-        compute = trl.DPOTrainer._precompute_ref_logps
+        owner = trl.DPOTrainer if method == "dpo" else trl.KTOTrainer
+        compute = owner._precompute_ref_logps
 
         def timed(self: Any, *args: Any, **kwargs: Any) -> Any:
             began = time.perf_counter()
@@ -127,7 +139,7 @@ def main() -> None:
             reference[0] += time.perf_counter() - began
             return found
 
-        trl.DPOTrainer._precompute_ref_logps = timed
+        owner._precompute_ref_logps = timed
     run = trainer(workload, method, steps, micro, "best" in sys.argv[5:], Blocks(gradients))
     import trl
 

@@ -48,8 +48,14 @@ def tokenizer(rows: list[dict[str, str]]) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>")
 
 
+def judgement(i: int, row: dict[str, str]) -> str:
+    """One side of a pair as a line: the chosen ones of even rows, the rejected ones of odd rows."""
+    side = "rejected" if i % 2 else "chosen"
+    return json.dumps({"prompt": row["prompt"], "completion": row[side], "label": side == "chosen"}) + "\n"
+
+
 def build(out: Path, vocabulary: int = 32_000) -> None:
-    """Writes `pairs.jsonl`, `model/` and `classifier/`."""
+    """Writes `pairs.jsonl`, `judgements.jsonl` (one side of each pair in turn), `model/` and `classifier/`."""
     source = Path(os.environ.get("PREFOPT_DATA", "../shared")) / "data/hh-rlhf/harmless-base/test.jsonl.gz"
     rows = list(pairs(source))
     reader = tokenizer(rows)
@@ -61,6 +67,7 @@ def build(out: Path, vocabulary: int = 32_000) -> None:
     kept = [row for row in rows if fits(row)]
     out.mkdir(parents=True, exist_ok=True)
     (out / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+    (out / "judgements.jsonl").write_text("".join(map(judgement, range(len(kept)), kept)), encoding="utf-8")
     torch.manual_seed(0)
     special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     config = LlamaConfig(
