@@ -2,10 +2,11 @@
 
     python benchmarks/mutation.py OUT.json
 
-A mutant is one change in one place of a plugin's source: a sign, a lost or added stop_gradient, chosen and rejected
-exchanged, a sum for a mean, another unit, a number off by one, a comparison that takes or leaves equality, a setting
-replaced by its default. It is killed when a property of the kit fails for a method of that file, or when a pinned
-number changes; both are counted. Properties that go through the engine are left out, for time.
+A mutant is one change in one place of a method's functions: a sign, an operator, a lost stop_gradient, chosen and
+rejected exchanged, a sum for a mean, another unit, a number off by one, a comparison that takes or leaves equality, a
+setting replaced by its default. It is killed when a property of the kit fails for a method of that class, when a pinned
+number changes, or when it cannot run; properties alone and both together are counted. Left out: the plugins' `base.py`
+and functions outside classes, the core's own sft and dft, and, for time, properties that go through the engine.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import ast
 import copy
 import json
+import runpy
 import sys
 import types
 from collections.abc import Iterator
@@ -28,7 +30,6 @@ ROOT = Path(__file__).parents[1]
 PLUGINS = {"prefopt_dpo": "prefopt-dpo", "prefopt_orpo": "prefopt-orpo", "prefopt_kto": "prefopt-kto"}
 CHECKS = {name: check for name, check in kit.PROPERTIES.items() if not name.startswith("engine")}
 SWAPS = {"chosen": "rejected", "rejected": "chosen", "mean_tokens": "sum_tokens", "sum_tokens": "mean_tokens"}
-SWAPS |= {"reference_logps": "logps", "desirable": "~desirable"}
 UNITS = {"pairs": "sequences", "sequences": "groups", "groups": "sequences", "tokens": "sequences"}
 OPERATORS: dict[type[ast.operator], type[ast.operator]] = {
     ast.Add: ast.Sub,
@@ -113,9 +114,11 @@ def _replace(function: ast.FunctionDef, place: int, new: ast.AST) -> None:
     Put().visit(function)
 
 
-def survives(source: str, package: str, path: Path, pins: dict[str, Any], cls: str) -> tuple[bool, bool]:
-    """Whether the properties let a mutant live, and whether the pinned numbers do too. Methods that inherit from the
-    changed class count."""
+def survives(
+    source: str, package: str, path: Path, pins: dict[str, Any], cls: str, others: list[Algorithm]
+) -> tuple[bool, bool]:
+    """Whether the properties let a mutant live, and whether the pinned numbers do too, at defaults and at the settings
+    of `others`. Methods that inherit from the changed class count."""
     module = types.ModuleType(f"{package}.{path.stem}")
     module.__file__ = str(path)
     sys.modules[module.__name__] = module  # for annotations
@@ -124,7 +127,9 @@ def survives(source: str, package: str, path: Path, pins: dict[str, Any], cls: s
         kinds = [c for c in vars(module).values() if isinstance(c, type) and issubclass(c, Algorithm) and c.name]
         kinds = [c for c in kinds if cls in (b.__name__ for b in c.__mro__) and c.__module__ == module.__name__]
         alive = not any(kit._failure(name, kind) for kind in kinds for name in CHECKS)
-        pinned = alive and all(_same(kit.pin(kind()), pins[kind.name]) for kind in kinds)
+        made = [kind() for kind in kinds]
+        made += [k.model_validate(other.model_dump()) for other in others for k in kinds if k.name == other.name]
+        pinned = alive and all(_same(kit.pin(a), pins[kit._label(a)]) for a in made)
     except Exception:  # a mutant that cannot even run is dead
         return False, False
     return alive, pinned
@@ -143,6 +148,7 @@ def main(out: Path) -> None:
     torch.set_num_threads(1)
     counts, survivors = {"mutants": 0, "killed_by_properties": 0, "killed_with_pins": 0}, []
     for package, folder in PLUGINS.items():
+        others = list(runpy.run_path(str(ROOT / "plugins" / folder / "tests/test_conformance.py"))["OTHERS"])
         pins = json.loads((ROOT / "plugins" / folder / "tests/pins.json").read_text("utf-8"))
         for path in sorted((ROOT / "plugins" / folder / "src" / package).glob("*.py")):
             original = sys.modules.get(f"{package}.{path.stem}")
@@ -153,7 +159,7 @@ def main(out: Path) -> None:
             defaults = {n: _numbers(c) for n, c in kinds.items()}
             for name, cls, source in mutants(path.read_text("utf-8"), defaults):
                 kit._defaults.cache_clear()
-                alive, pinned = survives(source, package, path, pins, cls)
+                alive, pinned = survives(source, package, path, pins, cls, others)
                 counts["mutants"] += 1
                 counts["killed_by_properties"] += not alive
                 counts["killed_with_pins"] += not pinned

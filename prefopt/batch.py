@@ -265,7 +265,9 @@ class Batch:
         if unit not in UNITS:
             raise PluginError(f"unknown unit `{unit}`. {did_you_mean(unit, UNITS)}")
         weight, count = self._unit_weights(unit), self.counts[unit]
-        if roles is not None and unit == "tokens":
+        if roles is not None and unit != "tokens":
+            raise PluginError(f"roles say whose tokens are counted; the unit is {unit}")
+        if roles is not None:
             wanted = frozenset(roles)
             weight = weight * torch.isin(self.role, torch.tensor([int(role) for role in wanted]).to(self.role))[:, None]
             count = sum(self.counts.get(f"tokens/{role.name}", 0.0) for role in wanted)

@@ -149,9 +149,11 @@ class Algorithm(Component):
     differences: ClassVar[tuple[str, ...]] = ()
     coupled: ClassVar[bool] = False
     """True when the loss couples a whole minibatch (a sort, say), so that it must see it in one piece."""
-    moves: ClassVar[tuple[int, int]] = (1, -1)
+    moves: ClassVar[tuple[int | None, int | None]] = (1, -1)
     """What a step does, where the policy is the reference, to better and to worse completions: 1 makes them more
-    likely, -1 less, 0 neither."""
+    likely, -1 less, 0 neither, None what depends on the numbers."""
+    act_elsewhere: ClassVar[frozenset[str]] = frozenset()
+    """Settings that change neither batch nor loss, but what `accept` says, for example."""
 
     def needs(self) -> Needs:
         """What the engine has to compute. Called once, before any tensor exists."""

@@ -186,7 +186,8 @@ ROW_KINDS: tuple[type[Row], ...] = (Prompt, Demonstration, Comparison, Ranking, 
 
 def opening(row: Row, group: int) -> Sequence:
     """The prompt of a row as something to score, in the row's group. Raises `DataError` for a conversation."""
-    return Sequence("", Completion(_plain(row), finished=False), Role.OPENING, group, row.weight)
+    fields = next((s.fields for s in row.sequences(group)), {})
+    return Sequence("", Completion(_plain(row), finished=False), Role.OPENING, group, row.weight, fields)
 
 
 def joined(row: Demonstration, group: int) -> Sequence:

@@ -9,7 +9,7 @@ from statistics import fmean
 
 from pydantic import PositiveInt
 
-from prefopt.api import Comparison, ConfigError, RewardSource, Rollout, Score, Subject, Task
+from prefopt.api import Comparison, ConfigError, DataError, RewardSource, Rollout, Score, Subject, Task
 from prefopt.bench.stats import calibration_error
 from prefopt.data.adapt import adapt, adaptable
 
@@ -96,9 +96,15 @@ class PreferenceAccuracy(Task):
         means = subject.mean_logps(_as_rollouts(pairs))
         if means is None:
             return {}
+        if not pairs:
+            raise ConfigError("task `preference_accuracy` needs held-out comparisons")
         told = [(pair, a - b) for pair, (a, b) in zip(pairs, means, strict=True) if a is not None and b is not None]
         if not told:
-            raise ConfigError("task `preference_accuracy` needs held-out comparisons that the model can read")
+            raise DataError(
+                f"none of {len(pairs)} held-out comparisons is short enough for the model to read",
+                where="task `preference_accuracy`",
+                fix="Hold out comparisons that fit, or cut them with data.max_length and data.overflow.",
+            )
         metrics = {"preference_accuracy": fmean(_half_step(margin) for _, margin in told)}
         ratios = subject.log_ratios(_as_rollouts([pair for pair, _ in told]))
         if ratios is not None:

@@ -55,18 +55,18 @@ class Section(BaseModel):
 class LoraConfig(Section):
     """Low-rank adapters in place of all weights (Hu et al. 2021, arXiv:2106.09685); needs the extra `prefopt[lora]`."""
 
-    rank: PositiveInt = 16
-    """The rank of an adapter."""
-    alpha: PositiveFloat = 32.0
-    """Its scale is alpha / rank."""
-    targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
-    """The layers that get one, by the ends of their names; default: every linear layer but the head."""
+    rank: PositiveInt | None = None
+    """The rank of an adapter (default 16)."""
+    alpha: PositiveFloat | None = None
+    """Its scale is alpha / rank (default 32)."""
+    targets: Literal["all-linear"] | tuple[str, ...] | None = None
+    """The layers that get one, by the ends of their names; default `all-linear`: every linear layer but the head."""
     path: UserPath | None = None
     """An adapter to go on with. The reference is then the model with this adapter, as the run found it."""
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
-        given = sorted({"rank", "alpha", "targets"} & self.model_fields_set)
+        given = [name for name in ("rank", "alpha", "targets") if getattr(self, name) is not None]
         if self.path is not None and given:
             raise ValueError(f"the adapter at `path` brings its own {', '.join(given)}: leave them out")
         return self

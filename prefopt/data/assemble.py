@@ -49,8 +49,9 @@ class Assembler:
     def counts(self) -> Counter[str]:
         return self.renderer.counts
 
-    def sequences(self, indices: Iterable[int]) -> list[Sequence]:
-        """The sequences of the given rows, as the algorithm arranges them.
+    def sequences(self, indices: Iterable[int], drop: bool = False) -> list[Sequence]:
+        """The sequences of the given rows, as the algorithm arranges them; with `drop`, without the rows that it
+        refuses.
 
         A tie is dropped unless the algorithm asks for `preference`: it would be taken for a preference otherwise.
         """
@@ -59,14 +60,28 @@ class Assembler:
             kept = [row for row in rows if not (isinstance(row, Comparison) and row.preference == 0.5)]
             self.counts["rows/ties"] += len(rows) - len(kept)
             rows = kept
-        return self.algorithm.arrange(rows)
+        try:
+            return self.algorithm.arrange(rows)
+        except DataError:
+            if not drop:
+                raise
+        kept = [row for row in rows if self._arranges(row)]
+        self.counts["rows/dropped"] += len(rows) - len(kept)
+        return self.algorithm.arrange(kept)
+
+    def _arranges(self, row: Row) -> bool:
+        try:
+            self.algorithm.arrange([row])
+        except DataError:
+            return False
+        return True
 
     def __call__(self, indices: Iterable[int]) -> Assembled | None:
         """The step made of these rows; None when nothing is left of them."""
         return self._built(indices, self.drop)
 
     def _built(self, indices: Iterable[int], drop: bool) -> Assembled | None:
-        arranged = self.sequences(indices)
+        arranged = self.sequences(indices, drop)
         sequences, tokens = self.renderer.render(self._with_numbers(arranged) if drop else arranged, drop)
         return Assembled(self._batch(sequences, tokens), tokens) if sequences else None
 

@@ -227,11 +227,12 @@ class Renderer:
         counted = len(tokens) if sequence.completion.ids is None else len(tokens.prompt)  # what was drawn is not cut
         if self.max_length is None or counted <= self.max_length:
             return tokens
-        if self.overflow == "drop":
+        probe = sequence.role == Role.PROBE  # made of two rows that fit: no reason to lose either
+        if self.overflow == "drop" and not probe:
             return None
-        if self.overflow == "stop":
+        if self.overflow == "stop" and not probe:
             raise self._too_long("prompt and completion have", len(tokens), sequence.prompt)
-        self.counts["rows/truncated"] += 1
+        self.counts["rows/truncated"] += not probe
         room = max(1, self.max_length - len(tokens.completion))
         prompt = tokens.prompt[-room:]
         return _cut(prompt, tokens, max(1, self.max_length - len(prompt)))

@@ -15,7 +15,7 @@ from prefopt.config import EvalConfig
 from prefopt.data.assemble import Assembled
 from prefopt.engine.loop import Loop, Progress
 from prefopt.engine.measure import Measured
-from prefopt.errors import ConfigError, PrefoptError, did_you_mean
+from prefopt.errors import ConfigError, DataError, PrefoptError, did_you_mean
 from prefopt.rows import Rollout, Row
 
 LOSS = "loss/total"
@@ -62,6 +62,8 @@ class Evaluator:
         assert self.subject is not None
         try:
             metrics.update(task.evaluate(self.subject(0, self.rows[:REHEARSED])))
+        except DataError:  # so few rows may lack what all of them have
+            return False
         except PrefoptError as error:
             section = f"eval.tasks, task `{task.name}`"
             raise ConfigError(*(replace(p, where=p.where or section) for p in error.problems)) from None

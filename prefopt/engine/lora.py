@@ -24,6 +24,8 @@ WEIGHTS, SETTINGS = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."
 """What peft puts before the names of an adapter's weights in a file."""
 NAME = "default"
+PLAIN = {"use_dora": False, "lora_bias": False, "bias": "none", "trainable_token_indices": None, "peft_type": "LORA"}
+"""What an adapter's settings must say for it to be a sum of two products and nothing else."""
 
 
 def attach(network: nn.Module, config: LoraConfig, seed: int, whole: tuple[str, ...] = ()) -> None:
@@ -38,10 +40,11 @@ def attach(network: nn.Module, config: LoraConfig, seed: int, whole: tuple[str, 
     with torch.random.fork_rng(devices=[]), _explained(config):
         torch.manual_seed(derive(seed, "lora"))
         peft.inject_adapter_in_model(settings, network, adapter_name=NAME)
+    _refuse_vocabulary(network)
     for name in whole:
         network.get_submodule(name).requires_grad_(True)
     if config.path is not None:
-        _fill(network, Path(config.path), peft)
+        _fill(network, Path(config.path), peft, whole)
     network.lora = settings
 
 
@@ -64,11 +67,18 @@ def _settings(config: LoraConfig, peft: Any, task: str) -> Any:
     if config.path is not None:
         with _explained(config):
             found = peft.LoraConfig.from_pretrained(config.path)
-        found.lora_dropout, found.inference_mode = 0.0, False
+        strange = [name for name, plain in PLAIN.items() if getattr(found, name, plain) not in (plain, None)]
+        if strange:
+            raise ConfigError(f"the adapter is no plain LoRA: it has {', '.join(strange)}", where="model.lora.path")
+        found.lora_dropout, found.inference_mode, found.modules_to_save = 0.0, False, None
         return found
-    targets = config.targets if isinstance(config.targets, str) else list(config.targets)
+    wanted = config.targets or "all-linear"
     return peft.LoraConfig(
-        r=config.rank, lora_alpha=config.alpha, target_modules=targets, lora_dropout=0.0, task_type=task
+        r=config.rank or 16,
+        lora_alpha=config.alpha or 32.0,
+        target_modules=wanted if isinstance(wanted, str) else list(wanted),
+        lora_dropout=0.0,
+        task_type=task,
     )
 
 
@@ -81,12 +91,24 @@ def _explained(config: LoraConfig) -> Iterator[None]:
         raise ConfigError(f"the adapter cannot be attached: {what}", where="model.lora") from None
 
 
-def _fill(network: nn.Module, folder: Path, peft: Any) -> None:
-    """Loads a saved adapter."""
+def _refuse_vocabulary(network: Any) -> None:
+    """The tiled head and the embedding read the plain matrices: an adapter there would never be trained."""
+    found = {id(layer) for _, layer in _layers(network)}
+    ends = {"head": network.get_output_embeddings(), "embedding": network.get_input_embeddings()}
+    for name, layer in ends.items():
+        if layer is not None and id(layer) in found:
+            raise ConfigError(f"the {name} cannot have an adapter", where="model.lora.targets", fix="Leave it out.")
+
+
+def _fill(network: nn.Module, folder: Path, peft: Any, whole: tuple[str, ...]) -> None:
+    """Loads a saved adapter, and the modules that were trained whole."""
     if not (folder / WEIGHTS).is_file():
         fix = "Name a folder that peft or prefopt wrote."
         raise ConfigError(f"`{folder}` holds no {WEIGHTS}", where="model.lora.path", fix=fix)
     state = {name.removeprefix(PREFIX): x for name, x in load_file(folder / WEIGHTS).items()}
+    for name in [name for name in state if name.rpartition(".")[0] in whole]:
+        with torch.no_grad():
+            network.get_parameter(name).copy_(state.pop(name))
     found = peft.set_peft_model_state_dict(network, state, adapter_name=NAME)
     if found.unexpected_keys:
         raise ConfigError(f"the adapter does not fit the model: {found.unexpected_keys[0]}", where="model.lora.path")

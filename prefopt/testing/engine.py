@@ -12,10 +12,12 @@ import importlib.util
 import inspect
 import json
 import os
+import select
 import socket
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -43,12 +45,14 @@ class Trial:
     flat: Tensor
 
 
-_kept: dict[tuple[str, ...], Trial] = {}
+_kept: dict[tuple[object, ...], Trial] = {}
+PATIENCE = 120.0
+"""Seconds that two processes have for a step, the first time for their imports as well."""
 
 
 def trial(algorithm: Algorithm, ranks: int = 1, **optim: Any) -> Trial:
     """The first step on a few rows. `optim` are settings of that section; `ranks` 2 takes it on two processes."""
-    key = (str(type(algorithm)), algorithm.model_dump_json(), str(ranks), json.dumps(optim, sort_keys=True))
+    key = (type(algorithm), algorithm.model_dump_json(), str(ranks), json.dumps(optim, sort_keys=True))
     if key not in _kept:
         _kept[key] = first_step(algorithm, optim) if ranks == 1 else _pair().step(algorithm, optim)
     return _kept[key]
@@ -63,6 +67,15 @@ def first_step(algorithm: Algorithm, optim: dict[str, Any], folder: Path | None 
     """The step in this process, or in this one of several. Raises `PrefoptError` where the engine does."""
     home = _home() if folder is None else folder
     run = Path(tempfile.mkdtemp(dir=home)) / "run"
+    before = torch.are_deterministic_algorithms_enabled()
+    try:
+        return _step(algorithm, optim, home, run)
+    finally:
+        torch.use_deterministic_algorithms(before)
+        rmtree(run.parent)
+
+
+def _step(algorithm: Algorithm, optim: dict[str, Any], home: Path, run: Path) -> Trial:
     sections: dict[str, Any] = {"optim": {"batch_size": 5, **optim}, "run": {"steps": 1}}
     needs = algorithm.needs()
     if needs.reference:
@@ -77,7 +90,6 @@ def first_step(algorithm: Algorithm, optim: dict[str, Any], folder: Path | None 
     metrics = backward(algorithm, loop.forwarder, built)
     parameters = dict(loop.scorer.named_parameters())
     slopes = [x.grad if x.grad is not None else torch.zeros_like(x) for _, x in sorted(parameters.items())]
-    rmtree(run.parent)
     return Trial(recorded | metrics, torch.cat([x.detach().flatten() for x in slopes]))
 
 
@@ -130,20 +142,34 @@ class Pair:
             "settings": algorithm.model_dump_json(),
             "optim": optim,
         }
-        for process in self.processes:
-            assert process.stdin is not None
-            print(json.dumps(job), file=process.stdin, flush=True)
-        answers = [json.loads(self._line(process)) for process in self.processes]
-        for answer in answers:
-            if "error" in answer:
-                raise PrefoptError(f"on two processes: {answer['error']}")
+        try:
+            for process in self.processes:
+                assert process.stdin is not None
+                print(json.dumps(job), file=process.stdin, flush=True)
+            deadline = time.monotonic() + PATIENCE
+            answers = [json.loads(self._line(process, deadline)) for process in self.processes]
+        except BaseException:
+            self.give_up()
+            raise
+        errors = [answer["error"] for answer in answers if "error" in answer]
+        if errors:
+            self.give_up()  # one may wait for the other still
+            raise PrefoptError(f"on two processes: {errors[0]}")
         flat = torch.frombuffer(bytearray(base64.b64decode(answers[0]["flat"])), dtype=torch.float32)
         return Trial(answers[0]["metrics"], flat)
 
     @staticmethod
-    def _line(process: subprocess.Popen[str]) -> str:
+    def _line(process: subprocess.Popen[str], deadline: float) -> str:
         assert process.stdout is not None
+        ready, _, _ = select.select([process.stdout], [], [], max(0.0, deadline - time.monotonic()))
+        if not ready:
+            return json.dumps({"error": f"no answer in {PATIENCE:.0f} seconds"})
         return process.stdout.readline() or '{"error": "the process ended"}'
+
+    def give_up(self) -> None:
+        """Ends both; the next step begins with two others."""
+        self.close()
+        _pair.cache_clear()
 
     def close(self) -> None:
         """Ends both."""
@@ -182,11 +208,13 @@ def _answer(job: dict[str, Any], home: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Answers each line of the standard input with one of the standard output."""
+    """Answers each line of the standard input with one of the standard output; what plugins print goes elsewhere."""
     home = Path(sys.argv[1])
-    for line in sys.stdin:
-        sys.stdout.write(json.dumps(_answer(json.loads(line), home)) + "\n")
-        sys.stdout.flush()
+    with os.fdopen(os.dup(1), "w") as out:
+        os.dup2(2, 1)
+        for line in sys.stdin:
+            out.write(json.dumps(_answer(json.loads(line), home)) + "\n")
+            out.flush()
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -90,8 +90,9 @@ def pin(algorithm: Algorithm) -> dict[str, float]:
 
 
 def _label(algorithm: type[Algorithm] | Algorithm) -> str:
-    made = _instance(algorithm)
-    changed = made.model_dump(exclude_defaults=True)
+    if isinstance(algorithm, type):
+        return algorithm.name
+    made, changed = algorithm, algorithm.model_dump(exclude_defaults=True)
     return " ".join([made.name, *(f"{key}={changed[key]}" for key in sorted(changed) if key != made.key)])
 
 
@@ -104,7 +105,12 @@ def _failure(name: str, algorithm: type[Algorithm] | Algorithm) -> str:
 
 
 def _instance(algorithm: type[Algorithm] | Algorithm) -> Algorithm:
-    return algorithm() if isinstance(algorithm, type) else algorithm
+    if not isinstance(algorithm, type):
+        return algorithm
+    made = _default(algorithm)
+    if made is None:
+        raise ConformanceFailure(f"{algorithm.__name__} has settings without defaults: pass an instance")
+    return made
 
 
 def _require(condition: bool, message: str) -> None:
@@ -151,12 +157,14 @@ def round_trip(algorithm: Algorithm) -> None:
 
 def finite(algorithm: Algorithm) -> None:
     """Loss and gradient are finite, also for live outputs of ±10,000 and for completions of probability 1."""
-    for scale in (0.0, 1.0, EXTREME):
-        loss, gradient = _evaluate(algorithm, _made(algorithm, scale=scale))
-        _require(bool(loss.value.isfinite()), f"the loss is {loss.value.item()} for live outputs of size {scale:g}")
-        for name, slope in gradient.items():
-            good = bool(slope.isfinite().all())
-            _require(good, f"the gradient by {name} is not finite for live outputs of size {scale:g}")
+    for scale in (0.0, 1.0, 100.0, EXTREME):
+        made = _made(algorithm, scale=scale)
+        for part, precision in ((made, "float64"), (made.single(), "float32")):
+            loss, gradient = _evaluate(algorithm, part)
+            size = f"for live outputs of size {scale:g} in {precision}"
+            _require(bool(loss.value.isfinite()), f"the loss is {loss.value.item()} {size}")
+            for name, slope in gradient.items():
+                _require(bool(slope.isfinite().all()), f"the gradient by {name} is not finite {size}")
 
 
 def gradient(algorithm: Algorithm) -> None:
@@ -209,7 +217,8 @@ def at_the_start(algorithm: Algorithm) -> None:
     if name in slopes:
         pull = -slopes[name].reshape(len(made.batch), -1).sum(1)
         for sign, (side, index) in zip(algorithm.moves, _sides(algorithm, made).items(), strict=False):
-            _moved(pull[index], sign, side)
+            if sign is not None:
+                _moved(pull[index], sign, side)
 
 
 def _sides(algorithm: Algorithm, made: Synthetic) -> dict[str, Tensor]:
@@ -362,9 +371,12 @@ def _reads(run: Callable[[], object]) -> bool:
 def options(algorithm: Algorithm) -> None:
     """Every setting changes loss or gradient of a fixed batch, or is refused: none is ignored."""
     for name, field in type(algorithm).model_fields.items():
+        if name in algorithm.act_elsewhere:
+            continue
         others = list(_others(algorithm, name, field))
         if others:
-            _require(any(_differ(algorithm, other) for other in others), f"the setting `{name}` changes nothing")
+            changed = any(_differ(algorithm, other) for other in others)
+            _require(changed, f"the setting `{name}` changes nothing; if it acts in `accept`, name it in act_elsewhere")
 
 
 def _others(algorithm: Algorithm, name: str, field: FieldInfo) -> Iterator[Algorithm]:
@@ -388,12 +400,19 @@ def _values(value: Any, annotation: Any) -> Iterator[Any]:
         yield from (
             type(value)(x) for x in (value * 2 + 1, value * 0.6, value + 0.05, value / 2 + 0.1, 0) if x != value
         )
+    elif isinstance(value, Mapping):
+        yield from ({k: x for k, x in value.items() if k != left_out} for left_out in value)
+        yield from ({**value, k: x * 2} for k, x in value.items() if isinstance(x, int | float))
+    elif isinstance(value, tuple):
+        yield from (value[::-1], value[1:])
     elif value is None:
         yield from (0.3, 1, 2, 3)
 
 
 def _differ(one: Algorithm, other: Algorithm) -> bool:
-    (loss, slopes), (another, turned) = (_defaults(type(a)) if a == type(a)() else _third_step(a) for a in (one, other))
+    (loss, slopes), (another, turned) = (
+        _defaults(type(a)) if a == _default(type(a)) else _third_step(a) for a in (one, other)
+    )
     if abs(float((loss - another).detach())) > EXACT or slopes.keys() != turned.keys():
         return True
     return not all(x.shape == turned[n].shape and torch.allclose(x, turned[n], rtol=EXACT) for n, x in slopes.items())
@@ -408,6 +427,14 @@ def _third_step(algorithm: Algorithm) -> tuple[Tensor, dict[str, Tensor]]:
     return loss.value, slopes
 
 
+def _default(cls: type[Algorithm]) -> Algorithm | None:
+    """The algorithm as it is without settings; None when it needs some."""
+    try:
+        return cls()
+    except ValidationError:
+        return None
+
+
 @cache
 def _defaults(cls: type[Algorithm]) -> tuple[Tensor, dict[str, Tensor]]:
     return _third_step(cls())
@@ -416,12 +443,15 @@ def _defaults(cls: type[Algorithm]) -> tuple[Tensor, dict[str, Tensor]]:
 def distinct(algorithm: Algorithm) -> None:
     """No installed algorithm of another name is the same at its defaults."""
     own = type(algorithm)
-    if algorithm != own():
+    if algorithm != _default(own):
         return
     for entry in installed().registry.all():
         other = entry.cls
         if issubclass(other, Algorithm) and other.eats is algorithm.eats and other.name != algorithm.name:
-            _require(_differ(algorithm, other()), f"it is `{other.name}` of {entry.distribution} under another name")
+            default = _default(other)
+            if default is None or _failure("written", default):  # whatever is wrong there is no fault of this one
+                continue
+            _require(_differ(algorithm, default), f"it is `{other.name}` of {entry.distribution} under another name")
 
 
 def state(algorithm: Algorithm) -> None:
@@ -460,8 +490,8 @@ def engine_microbatches(algorithm: Algorithm) -> None:
 
 
 def engine_ranks(algorithm: Algorithm) -> None:
-    """Two processes give the loss, metrics and gradient of one. (A class inside a function cannot be found there.)"""
-    if "<locals>" in type(algorithm).__qualname__:
+    """Two processes give the loss, metrics and gradient of one. (Not for a class of a script or a function.)"""
+    if "<locals>" in type(algorithm).__qualname__ or type(algorithm).__module__ == "__main__":
         return
     _alike(algorithm, trial(algorithm), trial(algorithm, ranks=2), 1e-5, "on two processes")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -60,11 +61,10 @@ class Synthetic:
             weight=[weights[s.group % len(weights)] for s in sequences],
         )
         shape = batch.mask.shape
-        shared = _random("logps", shape, generator, scale)
 
         def numbers(name: str) -> Tensor:
-            if at_reference and name.endswith("logps"):
-                return shared
+            own = "logps" if at_reference and name.endswith("logps") else name
+            generator = torch.Generator().manual_seed(zlib.crc32(own.encode()) + seed)  # whatever else is asked for
             return _random(name, shape, generator, 0.0 if at_reference and name in ("token_kl", "scores") else scale)
 
         columns = {name: _only(numbers(name), batch, roles) for name, roles in sorted(needs.columns.items())}
@@ -86,6 +86,12 @@ class Synthetic:
         width = part.mask.shape[1]
         outputs = {name: x[index][..., :width] if x.dim() == 2 else x[index] for name, x in self.outputs.items()}
         return Synthetic(self.raw, part, outputs)
+
+    def single(self) -> Synthetic:
+        """The same in float32, as the engine has it."""
+        columns = {name: x.float() if x.is_floating_point() else x for name, x in self.batch.columns.items()}
+        batch = replace(self.batch, weight=self.batch.weight.float(), columns=columns)
+        return replace(self, batch=batch, outputs={name: x.float() for name, x in self.outputs.items()})
 
     def turned(self) -> Synthetic:
         """Chosen and rejected change places."""

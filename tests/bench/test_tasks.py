@@ -6,7 +6,18 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from prefopt.api import Comparison, Completion, ConfigError, Prompt, Ranking, RewardSource, Rollout, Row, Score
+from prefopt.api import (
+    Comparison,
+    Completion,
+    ConfigError,
+    DataError,
+    Prompt,
+    Ranking,
+    RewardSource,
+    Rollout,
+    Row,
+    Score,
+)
 from prefopt.bench.tasks import Divergence, GoldReward, Length, PreferenceAccuracy, RewardQuality, WinRate
 from prefopt.data.adapt import adapt
 
@@ -164,5 +175,7 @@ def test_preference_accuracy_is_the_share_of_pairs_with_the_likelier_token_on_th
 
 def test_preference_accuracy_leaves_out_ties_and_models_without_a_density():
     assert PreferenceAccuracy().evaluate(Fixed(rows=[pair(1.0)])) == {}
-    with pytest.raises(ConfigError, match="needs held-out comparisons that the model can read"):
+    with pytest.raises(ConfigError, match="needs held-out comparisons"):
         PreferenceAccuracy().evaluate(Fixed(rows=[pair(0.5)], means=[]))
+    with pytest.raises(DataError, match="none of 1 held-out comparisons is short enough"):
+        PreferenceAccuracy().evaluate(Fixed(rows=[pair(1.0)], means=[[None, -1.0]]))

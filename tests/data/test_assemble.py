@@ -3,12 +3,34 @@ from __future__ import annotations
 import pytest
 from prefopt_dpo import DPO
 
-from prefopt.api import Needs
+from prefopt.api import Algorithm, Needs
 from prefopt.builtin.algorithms import RewardModel, RewardModelListwise, SupervisedFineTuning
 from prefopt.data.assemble import Assembler
 from prefopt.data.render import Renderer, load_tokenizer
 from prefopt.errors import DataError
 from prefopt.rows import Comparison, Completion, Demonstration, Message, Ranking, Role
+
+
+class Picky(Algorithm):
+    """Refuses a row by its prompt."""
+
+    name, eats = "picky", Comparison
+
+    def arrange(self, rows):
+        if any(row.prompt == "bad" for row in rows):
+            raise DataError("a bad prompt")
+        return super().arrange(rows)
+
+
+def test_rows_an_algorithm_refuses_are_dropped_where_that_is_asked_for(tiny_model):
+    rows = [Comparison(prompt=p, chosen=Completion("b"), rejected=Completion("c")) for p in ("a", "bad", "c")]
+    reader = Renderer(load_tokenizer(str(tiny_model)))
+    assembler = Assembler(rows, Picky(), reader, drop=True)
+    assert len(assembler([0, 1, 2]).batch) == 4
+    assert assembler.counts["rows/dropped"] == 1
+    assert [reject.index for reject in assembler.unusable([0, 1, 2])] == [1]
+    with pytest.raises(DataError, match="a bad prompt"):
+        Assembler(rows, Picky(), reader)([0, 1, 2])
 
 
 def pair(chosen: str, rejected: str, **numbers) -> Comparison:

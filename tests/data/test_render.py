@@ -138,6 +138,17 @@ def test_replies_are_drawn_from_what_fits_of_a_prompt_and_scored_behind_it(overf
     assert tokens == [Tokens(ids(*"cccc"), reply.ids)] * (2 if opening else 1)  # a reply that was drawn is never cut
 
 
+@pytest.mark.parametrize("overflow", ["stop", "drop"])
+def test_a_probe_of_two_rows_that_fit_is_cut_and_never_stops_a_run_or_drops_its_row(overflow):
+    renderer = Renderer(tokenizer(), max_length=8, overflow=overflow)
+    own = Sequence("c" * 6, Completion("b"), Role.DESIRABLE, group=0)
+    probe = Sequence("c" * 6, Completion("b" * 6), Role.PROBE, group=0)
+    _, tokens = renderer.render([own, probe])
+    assert [len(t) for t in tokens] == [8, 8]
+    assert tokens[1].completion == ids(*"bbbbbb", "</s>")
+    assert renderer.counts["rows/truncated"] == 0
+
+
 def test_a_prompt_too_long_to_draw_from_stops_with_the_numbers():
     with pytest.raises(DataError, match=r"the prompt has 5 tokens, more than data.max_length = 4"):
         Renderer(tokenizer(), max_length=4).opening("acccc")

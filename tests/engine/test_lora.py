@@ -12,7 +12,9 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from prefopt.config import load_run
 from prefopt.errors import ConfigError
+from prefopt.plugins import load
 from prefopt.testing.tiny import train_on
 
 LORA = {"rank": 4, "alpha": 8.0}
@@ -94,6 +96,40 @@ def test_a_run_with_adapters_goes_on_byte_for_byte(tiny_model, tmp_path):
         assert (again.folder / name).read_bytes() == (whole.folder / name).read_bytes(), name
 
 
+def test_a_run_that_continues_an_adapter_can_be_read_and_resumed(tiny_model, tmp_path):
+    first = run(tiny_model, tmp_path / "first", "sft")
+    lora = {"path": str(first.folder / "adapter")}
+    second = run(tiny_model, tmp_path / "second", "dpo", lora)
+    config = load_run(second.folder / "config.yaml", load().find)
+    assert config.model.lora.path == lora["path"]
+    (second.folder / "result.json").unlink()
+    again = train_on(
+        tiny_model,
+        second.folder,
+        {"algorithm": {"name": "dpo"}, "model": {"path": str(tiny_model), "lora": lora}},
+        resume=True,
+    )
+    assert again.outcome == "finished"
+
+
+def test_a_reward_model_s_adapter_is_continued_with_its_head(tiny_model, tmp_path):
+    first = run(tiny_model, tmp_path / "first", "reward_model")
+    lora = {"path": str(first.folder / "adapter")}
+    second = run(tiny_model, tmp_path / "second", "reward_model", lora, optim={"lr": 1e-12})
+    merged, before = (load_file(r.model / "model.safetensors") for r in (second, first))
+    assert merged.keys() == before.keys()
+    for name, x in merged.items():
+        assert torch.allclose(x, before[name], atol=1e-6), name
+
+
+def test_an_adapter_that_is_no_plain_one_is_refused(tiny_model, tmp_path):
+    first = run(tiny_model, tmp_path / "first", "sft")
+    settings = first.folder / "adapter/adapter_config.json"
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "use_dora": True}))
+    with pytest.raises(ConfigError, match="no plain LoRA: it has use_dora"):
+        run(tiny_model, tmp_path / "second", "sft", {"path": str(settings.parent)})
+
+
 def test_score_heads_are_trained_whole_and_saved_with_the_adapter(tiny_model, tmp_path):
     result = run(tiny_model, tmp_path / "run", "reward_model")
     kept = load_file(result.folder / "adapter/adapter_model.safetensors")
@@ -106,6 +142,8 @@ def test_score_heads_are_trained_whole_and_saved_with_the_adapter(tiny_model, tm
     [
         ({"targets": ["nothing"]}, None, "the adapter cannot be attached"),
         ({"path": "/nowhere"}, None, "the adapter cannot be attached"),
+        ({"targets": ["lm_head", "q_proj"]}, None, "the head cannot have an adapter"),
+        ({"targets": ["embed_tokens"]}, None, "the embedding cannot have an adapter"),
         (LORA, {"every": 2, "mix": 0.5}, "a moving reference mixes weights"),
     ],
 )

@@ -163,7 +163,8 @@ def whole(policy: Any, batch: Any) -> dict[str, Any]:
     for side in ("chosen", "rejected"):
         mask = batch[f"{side}_labels"] != -100
         found += measured(policy, batch[f"{side}_input_ids"], mask)[0]
-    return {"logps": found}
+    prompts = (batch["chosen_labels"] == -100) & (batch["chosen_attention_mask"] == 1)
+    return {"logps": found, "prompts": measured(policy, batch["chosen_input_ids"], prompts)[0]}
 
 
 def kto(folder: Path) -> Iterator[tuple[str, Any]]:

@@ -96,8 +96,19 @@ def test_the_loss_is_that_of_trl(plugins, name):
     assert computed(plugins, name) == pytest.approx(LOSSES[name], rel=1e-5, abs=1e-6)
 
 
+def test_orpo_over_the_whole_sequence_is_that_of_trl(plugins):
+    """Its likelihood is one mean over the tokens of prompts and chosen responses."""
+    recorded = INPUTS["free pairs"]
+    half = len(recorded["prompts"])
+    role = [Role.CHOSEN] * half + [Role.REJECTED] * half + [Role.OPENING] * half
+    rows = recorded["logps"] + recorded["prompts"]
+    batch = batch_of(rows, role, [*range(half)] * 3)
+    loss = made(plugins, "orpo nll=sequence").loss(batch, Policy({"logps": padded(rows)}))
+    assert loss.value.item() == pytest.approx(LOSSES["orpo, whole sequence"], rel=1e-5, abs=1e-6)
+
+
 def test_orpo_s_odds_are_those_of_trl_whose_likelihood_covers_the_prompt(plugins):
-    """TRL: NLL over prompt and response. Here over the response, so only the odds agree."""
+    """TRL: NLL over prompt and response. Here, by default, over the response, so only the odds agree."""
     batch, policy = pairs(INPUTS["free pairs"])
     loss = made(plugins, "orpo").loss(batch, policy)
     assert (loss.value - loss.metrics["loss/nll"]).item() == pytest.approx(LOSSES["orpo, odds"], rel=1e-5, abs=1e-6)

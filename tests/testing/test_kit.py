@@ -11,6 +11,7 @@ from pydantic import PrivateAttr
 
 from prefopt.api import Algorithm, Comparison, Loss, Needs
 from prefopt.batch import COLUMNS
+from prefopt.errors import PrefoptError
 from prefopt.maths import stop_gradient
 from prefopt.rows import Role
 from prefopt.testing import ConformanceFailure, check_algorithm, kit
@@ -218,6 +219,48 @@ class Declared(Base):
         return Loss(batch.mean(torch.nn.functional.softplus(-margin) * stop_gradient(margin.sigmoid()), "pairs"))
 
 
+class Demanding(Base):
+    """A setting that has no default."""
+
+    name = "demanding"
+    scale: float
+
+
+class Guard(Base):
+    """A setting that acts in `accept` alone."""
+
+    name = "guard"
+    act_elsewhere: ClassVar[frozenset[str]] = frozenset({"target"})
+    target: float = 1.0
+
+
+class Raising(Base):
+    name = "raising"
+
+    def loss(self, batch, policy):
+        found = super().loss(batch, policy)
+        if torch.distributed.is_initialized() and torch.distributed.get_rank() == 0:
+            raise RuntimeError("only here")
+        return found
+
+
+def test_a_failure_on_one_of_two_processes_is_said_and_the_next_step_is_taken():
+    with pytest.raises(PrefoptError, match="on two processes: RuntimeError: only here"):
+        kit.PROPERTIES["engine_ranks"](Raising())
+    kit.PROPERTIES["engine_ranks"](Base())
+
+
+def test_a_setting_that_acts_elsewhere_is_let_be():
+    kit.PROPERTIES["options"](Guard())
+
+
+def test_a_method_with_a_setting_it_must_be_given_is_checked_as_an_instance():
+    for name in ("options", "distinct", "state"):
+        kit.PROPERTIES[name](Demanding(scale=2.0))
+    with pytest.raises(ConformanceFailure, match="pass an instance"):
+        check_algorithm(Demanding)
+
+
 def test_a_constant_that_is_declared_passes_and_one_that_is_not_does_not():
     kit.PROPERTIES["gradient"](Declared())
     with pytest.raises(ConformanceFailure, match="write stop_gradient"):
@@ -235,7 +278,7 @@ def test_a_correct_method_passes():
         (Unwritten, "written", "write Unwritten.loss"),
         (OwnMean, "microbatches", "the loss depends on how the batch is split"),
         (OwnMetric, "microbatches", "metric `accuracy` depends on how the batch is split"),
-        (Overflowing, "finite", "the loss is inf for live outputs of size 10000"),
+        (Overflowing, "finite", "the loss is inf for live outputs of size 100 in float32"),
         (PadsCount, "gradient", "padding gets a gradient through `logps`"),
         (PadsCount, "padding", "the loss depends on padding"),
         (Detached, "gradient", "where the loss changes by"),

@@ -65,6 +65,29 @@ def test_z_is_the_mean_of_the_probes_and_never_below_zero():
     assert divergence(KTO(kl_rows=2), [1.0, 2.0, 6.0]) == [1.5, 1.5, 6.0]
 
 
+def test_rows_that_were_dropped_leave_z_whole():
+    """Groups keep their numbers when others are gone."""
+    roles = [Role.DESIRABLE, Role.UNDESIRABLE, Role.PROBE, Role.PROBE]
+    column = torch.tensor([0.0, 0.0, 1.0, 3.0], dtype=torch.double)[:, None]
+    kept = Batch.build([[1]] * 4, role=roles, group=[3, 9, 3, 9]).with_columns(
+        old_logps=column, reference_logps=torch.zeros_like(column)
+    )
+    ctx = context()
+    assert KTO().prepare(kept, ctx).divergence.tolist() == [2.0] * 4
+    assert ctx.recorded["kl/mismatched"] == 2.0
+    assert KTO(kl_rows=4).prepare(kept, context()).divergence.tolist() == [1.0, 3.0, 1.0, 3.0]
+
+
+@pytest.mark.parametrize(("weights", "start"), [((1.3, 1.3), 0.65), ((1.0, 2.0), None)])
+def test_the_loss_at_the_start_follows_the_weights(weights, start):
+    assert KTO(desirable_weight=weights[0], undesirable_weight=weights[1]).loss_at_init() == start
+
+
+def test_bco_s_shift_of_one_class_is_its_mean():
+    made = batch([Role.DESIRABLE] * 4, [1.0, 2.0, 3.0, 6.0])
+    assert BCO(beta=1.0).prepare(made, context()).shift.tolist() == pytest.approx([3.0] * 4)
+
+
 @pytest.mark.parametrize("method", [KTO(), BCO()])
 @pytest.mark.parametrize("role", [Role.DESIRABLE, Role.UNDESIRABLE])
 def test_a_step_of_one_class_is_finite(method, role):

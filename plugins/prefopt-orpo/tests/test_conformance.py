@@ -5,13 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from prefopt_orpo import METHODS
-from prefopt_orpo.pairs import CPO, AlphaPO
+from prefopt_orpo.pairs import CPO, ORPO, AlphaPO
 from prefopt_orpo.rankings import PRO
 
 from prefopt.testing import conformance, pinned
 
 test_conformance = conformance(*METHODS)
 OTHERS = (
+    ORPO(nll="sequence"),
     CPO(alpha=0.0),
     CPO(label_smoothing=0.2),
     AlphaPO(alpha=-0.5),

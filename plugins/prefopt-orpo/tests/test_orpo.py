@@ -24,8 +24,8 @@ def test_a_conversation_is_not_scored_as_a_whole():
 
 
 @pytest.mark.parametrize("budget", [8192, 60])
-def test_the_whole_sequence_s_likelihood_joins_prompt_and_completion(budget):
-    """NLL of the whole is the mean over the tokens of both: it is found from two runs that score one part each."""
+def test_the_prompt_s_likelihood_joins_and_leaves_the_odds_alone(budget):
+    """Its value is compared with TRL's in tests/golden."""
     both = trial(ORPO(nll="sequence"), token_budget=budget).metrics
     completion = trial(ORPO(), token_budget=budget).metrics
     odds = [m["loss/total"] - m["loss/nll"] for m in (both, completion)]

@@ -67,7 +67,7 @@ class EXOPair(PairMethod):
     name = "exo_pair"
     paper = "Ji et al. 2024, arXiv:2402.00856, eq. 16"
     formula = f"L = q [log q - log(1-ε)] + (1-q) [log(1-q) - log ε],   q = σ(β (ρ_w - ρ_l)),   {RATIO}"
-    differences = ("TRL 1.16 reads ε from `label_smoothing` and replaces 0 by 0.001.",)
+    differences = ("TRL 1.16 reads ε from `label_smoothing` and refuses 0.",)
 
     epsilon: float = Field(1e-3, gt=0, lt=0.5)
     """ε, the probability left to the rejected side; it must not be 0."""
@@ -116,8 +116,8 @@ class FDPO(PairMethod):
         "`js` by default. The reverse KL is `dpo`. A log-ratio below -60 counts as -60 where its exponential does."
     )
     differences = (
-        "TRL 1.16 takes a divergence with every loss and ignores it for nca, bco, sppo, aot and apo; here no other "
-        "method takes one.",
+        "TRL 1.16 takes a divergence with its sigmoid, hinge, ipo, exo, robust, discopop and sigmoid_norm losses and "
+        "refuses it with the others; here it is a method of its own.",
         "ms-swift's α-divergence is (e^(-αρ_l) - e^(-αρ_w))/α with α 1; here, as in TRL, (u^(α-1) - 1)/(α-1), α 0.5.",
     )
 

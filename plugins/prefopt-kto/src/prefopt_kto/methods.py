@@ -20,6 +20,8 @@ else:
 
 RATIO = "ρ = Σ_t [ log π(y_t) - log π_ref(y_t) ]"
 JUDGED = (Role.DESIRABLE, Role.UNDESIRABLE)
+TIE = 1e-5
+"""Heights nearer to 0 are neither above nor below: sums of log-probabilities are no better than that in float32."""
 ENOUGH = 256
 """Rows after which the shares of desirable and undesirable ones are taken for those of the data."""
 
@@ -46,10 +48,11 @@ class JudgementMethod(Algorithm):
     def loss(self, batch: Batch, policy: Policy) -> Loss:
         reward = self.beta * batch.sum_tokens(policy.logps - batch.reference_logps)
         height, desirable = self.above(batch, reward), batch.role == Role.DESIRABLE
-        right = torch.where(desirable, height > 0, height < 0)
+        side = torch.where(desirable, height, -height)
+        right = (torch.sign(side * (side.abs() > TIE)) + 1) / 2
         metrics = {
             "reward/mean": batch.mean(reward.detach(), "sequences", weighted=False),
-            "reward/accuracy": batch.mean(right.to(reward), "sequences", weighted=False),
+            "reward/accuracy": batch.mean(right.detach(), "sequences", weighted=False),
         }
         return Loss(batch.mean(self.each(height, desirable), "sequences"), metrics)
 
@@ -78,8 +81,8 @@ class KTO(JudgementMethod):
     kl_rows: PositiveInt | None = None
     """Over how many of a step's rows each z is taken; not set, over all."""
 
-    def loss_at_init(self) -> float:
-        return 0.5
+    def loss_at_init(self) -> float | None:
+        return self.desirable_weight / 2 if self.desirable_weight == self.undesirable_weight else None
 
     def needs(self) -> Needs:
         before = {"reference_logps": Role, "old_logps": {Role.PROBE}}
@@ -96,12 +99,12 @@ class KTO(JudgementMethod):
         """`divergence` [N]: z of each row."""
         probe = batch.role == Role.PROBE
         moved = batch.sum_tokens(batch.old_logps - batch.reference_logps)
-        block = torch.div(batch.group, self.kl_rows or len(batch), rounding_mode="floor")
+        block = torch.zeros_like(batch.group) if self.kl_rows is None else batch.group // self.kl_rows
         sums, counts = (torch.zeros(int(block.max()) + 1, dtype=moved.dtype) for _ in range(2))
         sums.index_add_(0, block[probe], moved[probe])
         counts.index_add_(0, block[probe], torch.ones_like(moved[probe]))
         divergence = (sums / counts.clamp(min=1)).clamp(min=0)
-        ctx.record("kl/mismatched", divergence.mean())
+        ctx.record("kl/mismatched", divergence[block[probe]].mean() if probe.any() else 0.0)
         self._watch(batch, ctx)
         return batch.with_columns(divergence=divergence[block])
 
@@ -144,8 +147,8 @@ class BCO(JudgementMethod):
     paper = "Jung et al. 2024, arXiv:2404.04656"
     formula = f"L = - log σ(r - δ) or - log σ(δ - r),   δ = running mean of r,   r = β ρ,   {RATIO}"
     dialect = (
-        "δ is half the sum of the mean reward of desirable and of undesirable replies so far, this step's among them, "
-        "without gradient."
+        "δ is the mean of two means, of desirable and of undesirable replies so far, this step's among them, without "
+        "gradient; of one class alone, its mean."
     )
     differences = (
         "TRL (until 1.15) took δ over microbatches. The density ratio for shifted prompts is not here.",
@@ -167,7 +170,8 @@ class BCO(JudgementMethod):
             own = reward[batch.role == role].double()
             seen = seen + torch.stack([own.sum(), torch.tensor(float(len(own)), dtype=torch.double)])
             ctx.state[f"bco/{role.name.lower()}"] = seen
-            means.append(seen[0] / seen[1].clamp(min=1))
+            if seen[1]:
+                means.append(seen[0] / seen[1])
         shift = torch.stack(means).mean()
         ctx.record("reward/shift", shift)
         return batch.with_columns(shift=shift.to(reward).expand(len(batch)))
