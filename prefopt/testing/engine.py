@@ -28,8 +28,11 @@ import torch
 from torch import Tensor
 
 from prefopt.components import Algorithm
+from prefopt.data.assemble import Assembled
 from prefopt.engine.backward import backward
 from prefopt.engine.folder import RunFolder
+from prefopt.engine.layout import PLAIN, Paths
+from prefopt.engine.loop import Loop
 from prefopt.engine.ranks import Ranks
 from prefopt.errors import PrefoptError
 from prefopt.plugins import Plugins, load
@@ -46,16 +49,22 @@ class Trial:
 
 
 _kept: dict[tuple[object, ...], Trial] = {}
+_latest: dict[tuple[object, ...], Ready] = {}
 PATIENCE = 120.0
 """Seconds that two processes have for a step, the first time for their imports as well."""
 
 
-def trial(algorithm: Algorithm, ranks: int = 1, **optim: Any) -> Trial:
-    """The first step on a few rows. `optim` are settings of that section; `ranks` 2 takes it on two processes."""
-    key = (type(algorithm), algorithm.model_dump_json(), str(ranks), json.dumps(optim, sort_keys=True))
+def trial(algorithm: Algorithm, ranks: int = 1, **way: Any) -> Trial:
+    """The first step on a few rows, on the fast path and in one microbatch unless `way` says otherwise: `forward`,
+    `token_budget` and `precision`, as in the section `optim`. `ranks` 2 takes it on two processes."""
+    key = (*_key(algorithm), ranks, json.dumps(way, sort_keys=True))
     if key not in _kept:
-        _kept[key] = first_step(algorithm, optim) if ranks == 1 else _pair().step(algorithm, optim)
+        _kept[key] = first_step(algorithm, way) if ranks == 1 else _pair().step(algorithm, way)
     return _kept[key]
+
+
+def _key(algorithm: Algorithm) -> tuple[object, ...]:
+    return type(algorithm), algorithm.model_dump_json()
 
 
 def largest_gap(one: Trial, other: Trial) -> float:
@@ -63,34 +72,59 @@ def largest_gap(one: Trial, other: Trial) -> float:
     return float((one.flat - other.flat).abs().max() / one.flat.abs().max().clamp(min=1e-12))
 
 
-def first_step(algorithm: Algorithm, optim: dict[str, Any], folder: Path | None = None) -> Trial:
+def first_step(algorithm: Algorithm, way: dict[str, Any], home: Path | None = None) -> Trial:
     """The step in this process, or in this one of several. Raises `PrefoptError` where the engine does."""
-    home = _home() if folder is None else folder
-    run = Path(tempfile.mkdtemp(dir=home)) / "run"
     before = torch.are_deterministic_algorithms_enabled()
     try:
-        return _step(algorithm, optim, home, run)
+        return _step(_ready(algorithm, _home() if home is None else home), way)
     finally:
         torch.use_deterministic_algorithms(before)
-        rmtree(run.parent)
 
 
-def _step(algorithm: Algorithm, optim: dict[str, Any], home: Path, run: Path) -> Trial:
-    sections: dict[str, Any] = {"optim": {"batch_size": 5, **optim}, "run": {"steps": 1}}
-    needs = algorithm.needs()
-    if needs.reference:
-        sections["reference"] = {"path": str(home / "reference")}
-    config = tiny_config(home / "policy", run, sections, installed(), own=algorithm)
-    place = RunFolder(run)
-    place.path.mkdir(parents=True, exist_ok=True)
-    loop, _ = Session(config, installed(), Ranks("cpu"), place, lambda message: None).assemble()
-    built = loop.assembler(loop.order.step(0))
-    assert built is not None, "the rows of a step are all used"
-    built, recorded = loop.prepared(built, loop.context(0, loop.state))
-    metrics = backward(algorithm, loop.forwarder, built)
+@dataclass(frozen=True)
+class Ready:
+    """A run about to take its first step, and how it would take it."""
+
+    loop: Loop
+    built: Assembled
+    paths: Paths
+    budget: int
+
+
+def _step(ready: Ready, way: dict[str, Any]) -> Trial:
+    loop = ready.loop
+    for scorer in (loop.scorer, *loop.scorer.beside):
+        scorer.paths = PLAIN if way.get("forward") == "plain" else ready.paths
+    loop.forwarder.budget = way.get("token_budget", ready.budget)
+    loop.forwarder.dtype = way.get("precision", "float32")
+    loop.optimizer.clear()
+    built, recorded = loop.prepared(ready.built, loop.context(0, {}))
+    metrics = backward(loop.algorithm, loop.forwarder, built)
     parameters = dict(loop.scorer.named_parameters())
     slopes = [x.grad if x.grad is not None else torch.zeros_like(x) for _, x in sorted(parameters.items())]
     return Trial(recorded | metrics, torch.cat([x.detach().flatten() for x in slopes]))
+
+
+def _ready(algorithm: Algorithm, home: Path) -> Ready:
+    """The run, made once for all ways of one algorithm."""
+    key = _key(algorithm)
+    if key not in _latest:
+        _latest.clear()
+        _latest[key] = _assembled(algorithm, home)
+    return _latest[key]
+
+
+def _assembled(algorithm: Algorithm, home: Path) -> Ready:
+    run = Path(tempfile.mkdtemp(dir=home)) / "run"
+    sections: dict[str, Any] = {"optim": {"batch_size": 5}, "run": {"steps": 1}}
+    if algorithm.needs().reference:
+        sections["reference"] = {"path": str(home / "reference")}
+    config = tiny_config(home / "policy", run, sections, installed(), own=algorithm)
+    run.mkdir()
+    loop, _ = Session(config, installed(), Ranks("cpu"), RunFolder(run), lambda message: None).assemble()
+    built = loop.assembler(loop.order.step(0))
+    assert built is not None, "the rows of a step are all used"
+    return Ready(loop, built, loop.scorer.paths, loop.forwarder.budget)
 
 
 @cache

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.slow
-def test_in_two_minutes_dpo_is_above_sft_beyond_doubt(tmp_path):
+def test_in_five_minutes_each_method_is_above_sft_beyond_doubt(tmp_path):
     suite = str(ROOT / "benchmarks/suites/quickstart.yaml")
     command = [str(Path(sys.executable).parent / "prefopt"), "bench", "run", suite, "--out", str(tmp_path / "out")]
     began = time.perf_counter()
@@ -29,5 +29,6 @@ def test_in_two_minutes_dpo_is_above_sft_beyond_doubt(tmp_path):
     report = Report.model_validate_json((tmp_path / "out/report.json").read_text("utf-8"))
     gold = {line.label: line.metrics["gold_reward"] for line in report.summary}
     assert {line.n for line in report.summary} == {3}
-    assert gold["DPO"].low > gold["SFT"].high
-    assert seconds < 120
+    for label in ("DPO", "IPO", "KTO", "SimPO", "ORPO"):
+        assert gold[label].low > gold["SFT"].high, label
+    assert seconds < 300
