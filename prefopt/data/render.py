@@ -62,8 +62,9 @@ class Renderer:
 
     def render(self, sequences: Iterable[Sequence], drop: bool = False) -> tuple[list[Sequence], list[Tokens]]:
         """The sequences that fit, and their tokens. When one sequence of a group does not fit, its group is dropped;
-        with `drop`, a group that cannot be used is dropped too, and counted."""
-        listed = list(sequences)
+        with `drop`, a group that cannot be used is dropped too, and counted. An opening of one token, which nothing
+        predicts, is left out."""
+        listed = [s for s in sequences if s.role != Role.OPENING or len(self._begun(s.completion.text)) > 1]
         kept: dict[int, Tokens] = {}
         for places in _groups(listed):
             found = self._usable([listed[i] for i in places], drop)

@@ -149,6 +149,14 @@ def test_a_probe_of_two_rows_that_fit_is_cut_and_never_stops_a_run_or_drops_its_
     assert renderer.counts["rows/truncated"] == 0
 
 
+def test_an_opening_of_one_token_has_nothing_to_score_and_is_left_out():
+    own = Sequence("c", Completion("b"), Role.CHOSEN, group=0)
+    openings = [Sequence("", Completion(text, finished=False), Role.OPENING, group=0) for text in ("c", "cc")]
+    kept, tokens = Renderer(tokenizer()).render([own, *openings])
+    assert [s.completion.text for s in kept] == ["b", "cc"]
+    assert tokens[1] == Tokens(ids("c"), ids("c"))
+
+
 def test_a_prompt_too_long_to_draw_from_stops_with_the_numbers():
     with pytest.raises(DataError, match=r"the prompt has 5 tokens, more than data.max_length = 4"):
         Renderer(tokenizer(), max_length=4).opening("acccc")
