@@ -9,7 +9,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from prefopt.testing.kit import ConformanceFailure, check_algorithm, conformance, pinned
+    from prefopt.testing.failure import ConformanceFailure
+    from prefopt.testing.kit import check_algorithm, conformance, pinned
 
 __all__ = ["ConformanceFailure", "check_algorithm", "conformance", "pinned"]
 

@@ -180,8 +180,7 @@ class Pair:
             for process in self.processes:
                 assert process.stdin is not None
                 print(json.dumps(job), file=process.stdin, flush=True)
-            deadline = time.monotonic() + PATIENCE
-            answers = [json.loads(self._line(process, deadline)) for process in self.processes]
+            answers = self._answers(time.monotonic() + PATIENCE)
         except BaseException:
             self.give_up()
             raise
@@ -192,13 +191,21 @@ class Pair:
         flat = torch.frombuffer(bytearray(base64.b64decode(answers[0]["flat"])), dtype=torch.float32)
         return Trial(answers[0]["metrics"], flat)
 
-    @staticmethod
-    def _line(process: subprocess.Popen[str], deadline: float) -> str:
-        assert process.stdout is not None
-        ready, _, _ = select.select([process.stdout], [], [], max(0.0, deadline - time.monotonic()))
-        if not ready:
-            return json.dumps({"error": f"no answer in {PATIENCE:.0f} seconds"})
-        return process.stdout.readline() or '{"error": "the process ended"}'
+    def _answers(self, deadline: float) -> list[dict[str, Any]]:
+        """One of each process, by rank; or the first that is an error, for the other process may wait for this one."""
+        outs = [process.stdout for process in self.processes if process.stdout is not None]
+        found: dict[int, dict[str, Any]] = {}
+        while len(found) < len(outs):
+            waiting = [out for rank, out in enumerate(outs) if rank not in found]
+            ready, _, _ = select.select(waiting, [], [], max(0.0, deadline - time.monotonic()))
+            if not ready:
+                return [{"error": f"no answer in {PATIENCE:.0f} seconds"}]
+            for out in ready:
+                answer = json.loads(out.readline() or '{"error": "the process ended"}')
+                if "error" in answer:
+                    return [answer]
+                found[outs.index(out)] = answer
+        return [found[rank] for rank in range(len(outs))]
 
     def give_up(self) -> None:
         """Ends both; the next step begins with two others."""

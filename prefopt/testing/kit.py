@@ -24,17 +24,15 @@ from prefopt.components import Algorithm
 from prefopt.errors import MissingColumn, PrefoptError
 from prefopt.maths.constants import holding
 from prefopt.rows import Comparison, Demonstration, Judgement, Ranking, Role
-from prefopt.testing.engine import Trial, installed, largest_gap, trial
+from prefopt.testing.engine import installed
+from prefopt.testing.failure import ConformanceFailure, require
 from prefopt.testing.synthetic import Synthetic, context
+from prefopt.testing.through import engine_bfloat16, engine_fast_path, engine_microbatches, engine_ranks
 
 PADDING = 3
 EXTREME = 1e4
 STEP = 1e-6
 EXACT = 1e-9
-
-
-class ConformanceFailure(AssertionError):
-    """An algorithm broke a promise; the message says which, and what to do."""
 
 
 def check_algorithm(algorithm: type[Algorithm] | Algorithm) -> None:
@@ -113,18 +111,13 @@ def _instance(algorithm: type[Algorithm] | Algorithm) -> Algorithm:
     return made
 
 
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ConformanceFailure(message)
-
-
 def _evaluate(algorithm: Algorithm, made: Synthetic) -> tuple[Loss, dict[str, Tensor]]:
     """The loss and its gradient by each live output."""
     live = {name: x.clone().requires_grad_(name not in CONSTANT) for name, x in made.outputs.items()}
     loss = algorithm.loss(made.batch, Policy(live))
-    _require(isinstance(loss, Loss), f"loss must return a Loss, not {type(loss).__name__}")
-    _require(loss.value.dim() == 0, f"loss must be a scalar, not of shape {tuple(loss.value.shape)}")
-    _require(loss.value.requires_grad, "the loss does not depend on any live output")
+    require(isinstance(loss, Loss), f"loss must return a Loss, not {type(loss).__name__}")
+    require(loss.value.dim() == 0, f"loss must be a scalar, not of shape {tuple(loss.value.shape)}")
+    require(loss.value.requires_grad, "the loss does not depend on any live output")
     leaves = {name: x for name, x in live.items() if x.requires_grad}
     slopes = torch.autograd.grad(loss.value, list(leaves.values()), allow_unused=True)
     none = (torch.zeros_like(x) if g is None else g for x, g in zip(leaves.values(), slopes, strict=True))
@@ -152,7 +145,7 @@ def written(algorithm: Algorithm) -> None:
 def round_trip(algorithm: Algorithm) -> None:
     """The settings survive a file: dumped and read again they give an equal algorithm."""
     again = type(algorithm).model_validate_json(algorithm.model_dump_json(), strict=True)
-    _require(again == algorithm, f"settings change in a round trip: {algorithm!r} became {again!r}")
+    require(again == algorithm, f"settings change in a round trip: {algorithm!r} became {again!r}")
 
 
 def finite(algorithm: Algorithm) -> None:
@@ -162,9 +155,9 @@ def finite(algorithm: Algorithm) -> None:
         for part, precision in ((made, "float64"), (made.single(), "float32")):
             loss, gradient = _evaluate(algorithm, part)
             size = f"for live outputs of size {scale:g} in {precision}"
-            _require(bool(loss.value.isfinite()), f"the loss is {loss.value.item()} {size}")
+            require(bool(loss.value.isfinite()), f"the loss is {loss.value.item()} {size}")
             for name, slope in gradient.items():
-                _require(bool(slope.isfinite().all()), f"the gradient by {name} is not finite {size}")
+                require(bool(slope.isfinite().all()), f"the gradient by {name} is not finite {size}")
 
 
 def gradient(algorithm: Algorithm) -> None:
@@ -177,13 +170,13 @@ def gradient(algorithm: Algorithm) -> None:
     with holding(constants):
         _, slopes = _evaluate(algorithm, made)
     for name, slope in slopes.items():
-        _require(bool((slope != 0).any()), f"no gradient reaches `{name}`: leave it out of needs().during")
+        require(bool((slope != 0).any()), f"no gradient reaches `{name}`: leave it out of needs().during")
         if slope.dim() == 2:
             outside = bool((slope[~made.batch.mask] == 0).all())
-            _require(outside, f"padding gets a gradient through `{name}`: reduce it with batch.sum_tokens and the like")
+            require(outside, f"padding gets a gradient through `{name}`: reduce it with batch.sum_tokens and the like")
         expected, found = float((slope * _direction(slope)).sum()), _slope_along(algorithm, made, name, constants)
         close = abs(expected - found) <= 1e-4 * max(float(slope.norm()), abs(found))
-        _require(
+        require(
             close,
             f"the gradient by `{name}` is {expected:.6g} along a line where the loss changes by {found:.6g}; write "
             "stop_gradient(x) for what is meant to be constant",
@@ -212,7 +205,7 @@ def at_the_start(algorithm: Algorithm) -> None:
     expected = algorithm.loss_at_init()
     if expected is not None:
         close = abs(float(loss.value.detach()) - expected) <= EXACT * max(1.0, abs(expected))
-        _require(close, f"the loss where the policy is the reference is {loss.value.item():.9g}, not {expected:.9g}")
+        require(close, f"the loss where the policy is the reference is {loss.value.item():.9g}, not {expected:.9g}")
     name = "scores" if "scores" in slopes else "logps"
     if name in slopes:
         pull = -slopes[name].reshape(len(made.batch), -1).sum(1)
@@ -238,7 +231,7 @@ def _moved(pull: Tensor, sign: int, side: str) -> None:
     pull = pull.masked_fill(abs(pull) < EXACT, 0.0)
     way = {1: "raise", -1: "lower", 0: "leave"}[sign]
     good = bool((pull == 0).all()) if sign == 0 else bool((pull * sign >= 0).all() and (pull != 0).any())
-    _require(good, f"where the policy is the reference a step should {way} the {side} side: see `moves`")
+    require(good, f"where the policy is the reference a step should {way} the {side} side: see `moves`")
 
 
 def swap(algorithm: Algorithm) -> None:
@@ -294,7 +287,7 @@ def _splits(made: Synthetic) -> list[list[int]]:
 
 
 def _equal(a: Tensor, b: Any, message: str) -> None:
-    _require(torch.allclose(a, torch.as_tensor(b, dtype=a.dtype), rtol=EXACT, atol=1e-12), f"{message}; use batch.mean")
+    require(torch.allclose(a, torch.as_tensor(b, dtype=a.dtype), rtol=EXACT, atol=1e-12), f"{message}; use batch.mean")
 
 
 def padding(algorithm: Algorithm) -> None:
@@ -329,7 +322,7 @@ def sizes(algorithm: Algorithm) -> None:
     for groups, longest in ((1, 7), (3, 7), (3, 2)):
         loss, slopes = _evaluate(algorithm, _made(algorithm, groups=groups, longest=longest))
         good = bool(loss.value.isfinite()) and all(bool(slope.isfinite().all()) for slope in slopes.values())
-        _require(good, f"loss or gradient of {groups} groups of at most {longest - 1} tokens is not finite")
+        require(good, f"loss or gradient of {groups} groups of at most {longest - 1} tokens is not finite")
 
 
 # --- what it asks for ------------------------------------------------------------------------------------------------
@@ -340,9 +333,9 @@ def minimal_needs(algorithm: Algorithm) -> None:
     needs = algorithm.needs()
     asked = [*needs.rows, *needs.columns]
     for name in asked:
-        _require(_reads(_Forgetful(algorithm, name)), f"needs() asks for `{name}`, but nothing reads it")
+        require(_reads(_Forgetful(algorithm, name)), f"needs() asks for `{name}`, but nothing reads it")
     for name in needs.during:
-        _require(_reads(_Forgetful(algorithm, name)), f"needs() asks for `{name}`, but the loss does not read it")
+        require(_reads(_Forgetful(algorithm, name)), f"needs() asks for `{name}`, but the loss does not read it")
 
 
 @dataclass
@@ -376,7 +369,7 @@ def options(algorithm: Algorithm) -> None:
         others = list(_others(algorithm, name, field))
         if others:
             changed = any(_differ(algorithm, other) for other in others)
-            _require(changed, f"the setting `{name}` changes nothing; if it acts in `accept`, name it in act_elsewhere")
+            require(changed, f"the setting `{name}` changes nothing; if it acts in `accept`, name it in act_elsewhere")
 
 
 def _others(algorithm: Algorithm, name: str, field: FieldInfo) -> Iterator[Algorithm]:
@@ -451,7 +444,7 @@ def distinct(algorithm: Algorithm) -> None:
             default = _default(other)
             if default is None or _failure("written", default):  # whatever is wrong there is no fault of this one
                 continue
-            _require(_differ(algorithm, default), f"it is `{other.name}` of {entry.distribution} under another name")
+            require(_differ(algorithm, default), f"it is `{other.name}` of {entry.distribution} under another name")
 
 
 def state(algorithm: Algorithm) -> None:
@@ -465,54 +458,15 @@ def state(algorithm: Algorithm) -> None:
             kept = {name: x.clone() for name, x in _tensors(kept).items()}
         losses.append(_evaluate(algorithm, made)[0].value.item())
         kept = {}
-    _require(losses[0] == losses[1], "an algorithm made anew goes on differently: keep what must last in ctx.state")
+    require(losses[0] == losses[1], "an algorithm made anew goes on differently: keep what must last in ctx.state")
 
 
 def _tensors(kept: dict[str, Tensor]) -> dict[str, Tensor]:
     for name, x in kept.items():
-        _require(
+        require(
             isinstance(x, Tensor), f"ctx.state[{name!r}] is {type(x).__name__}, not a tensor: a checkpoint loses it"
         )
     return kept
-
-
-# --- through the engine ----------------------------------------------------------------------------------------------
-
-
-def engine_fast_path(algorithm: Algorithm) -> None:
-    """Shared prompts and a tiled head give the loss and the gradient of separate rows and whole logits."""
-    _alike(algorithm, trial(algorithm, forward="plain"), trial(algorithm), 1e-5, "with the fast path")
-
-
-def engine_microbatches(algorithm: Algorithm) -> None:
-    """A step cut into many microbatches has the loss, metrics and gradient of a whole one."""
-    _alike(algorithm, trial(algorithm), trial(algorithm, token_budget=60), 1e-5, "in many microbatches")
-
-
-def engine_ranks(algorithm: Algorithm) -> None:
-    """Two processes give the loss, metrics and gradient of one. (Not for a class of a script or a function.)"""
-    if "<locals>" in type(algorithm).__qualname__ or type(algorithm).__module__ == "__main__":
-        return
-    _alike(algorithm, trial(algorithm), trial(algorithm, ranks=2), 1e-5, "on two processes")
-
-
-def engine_bfloat16(algorithm: Algorithm) -> None:
-    """In bfloat16 the loss is that of float32 within 5 %, and the gradient points the same way."""
-    one, other = trial(algorithm), trial(algorithm, precision="bfloat16")
-    gap = abs(one.metrics["loss/total"] - other.metrics["loss/total"])
-    near = gap <= 0.05 * max(1.0, abs(one.metrics["loss/total"]))
-    _require(near, f"in bfloat16 the loss is {other.metrics['loss/total']:.4g}, not {one.metrics['loss/total']:.4g}")
-    cosine = torch.nn.functional.cosine_similarity(one.flat, other.flat, dim=0)
-    _require(bool(cosine > 0.5), f"in bfloat16 the gradient points elsewhere (cosine {float(cosine):.3f})")
-
-
-def _alike(algorithm: Algorithm, one: Trial, other: Trial, tolerance: float, how: str) -> None:
-    for name, x in one.metrics.items():
-        near = abs(x - other.metrics[name]) <= tolerance * max(1.0, abs(x))
-        _require(near, f"{how}, {name} is {other.metrics[name]:.8g}, not {x:.8g}")
-    _require(bool(one.flat.abs().max() > 0), "the model gets no gradient at all")
-    gap = largest_gap(one, other)
-    _require(gap <= tolerance, f"{how}, the gradient differs by {gap:.2g} of its largest element")
 
 
 def _properties() -> Iterator[tuple[str, Callable[[Algorithm], None]]]:
