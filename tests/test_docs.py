@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -37,7 +38,14 @@ def with_blocks(kind: str) -> list[Path]:
     return [page for page in PAGES if blocks(page, kind)]
 
 
-@pytest.mark.parametrize("page", [p for p in with_blocks("console") if p.name != "README.md"], ids=identity)
+def with_commands() -> list[Any]:
+    """Pages whose commands are run; those of the tutorial take two minutes."""
+    pages = [page for page in with_blocks("console") if page.name != "README.md"]
+    slow = {"tutorial.md": [pytest.mark.slow]}
+    return [pytest.param(page, marks=slow.get(page.name, []), id=identity(page)) for page in pages]
+
+
+@pytest.mark.parametrize("page", with_commands())
 def test_commands_run_as_written(page, tmp_path):
     """All commands of a page, in order, in one shell; then its Python, where the commands have led."""
     commands = [line[2:] for text in blocks(page, "console") for line in text.splitlines() if line.startswith("$ ")]

@@ -244,6 +244,7 @@ class Raising(Base):
         return found
 
 
+@pytest.mark.slow
 def test_a_failure_on_one_of_two_processes_is_said_and_the_next_step_is_taken():
     with pytest.raises(PrefoptError, match="on two processes: RuntimeError: only here"):
         kit.PROPERTIES["engine_ranks"](Raising())
