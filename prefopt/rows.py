@@ -193,7 +193,8 @@ def opening(row: Row, group: int) -> Sequence:
 def joined(row: Demonstration, group: int) -> Sequence:
     """Prompt and completion as one thing to score. Raises `DataError` for a conversation."""
     whole = replace(row.completion, text=_plain(row) + row.completion.text, ids=None)
-    return Sequence("", whole, Role.DEMONSTRATION, group, row.weight)
+    (own,) = row.sequences(group)
+    return replace(own, prompt="", completion=whole)
 
 
 def _plain(row: Row) -> str:

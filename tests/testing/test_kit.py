@@ -251,8 +251,11 @@ def test_a_failure_on_one_of_two_processes_is_said_and_the_next_step_is_taken():
     kit.PROPERTIES["engine_ranks"](Base())
 
 
-def test_a_setting_that_acts_elsewhere_is_let_be():
+def test_a_setting_that_acts_elsewhere_is_let_be(monkeypatch):
     kit.PROPERTIES["options"](Guard())
+    monkeypatch.setattr(Guard, "act_elsewhere", frozenset())
+    with pytest.raises(ConformanceFailure, match="the setting `target` changes nothing"):
+        kit.PROPERTIES["options"](Guard())
 
 
 def test_a_method_with_a_setting_it_must_be_given_is_checked_as_an_instance():

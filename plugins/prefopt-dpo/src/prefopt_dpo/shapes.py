@@ -91,7 +91,7 @@ class DiscoPOP(PairMethod):
     moves: ClassVar[tuple[int, int]] = (-1, 1)
     differences = (
         "TRL 1.16 computes e^(-u) first: for u below -88 it is infinite times 0.",
-        "At τ 0.05 the loss falls towards smaller margins at u = 0: it has a valley near u = -0.1, as in the paper.",
+        "At τ 0.05 the loss falls towards smaller margins at u = 0: its minimum near there is at u = -0.12.",
     )
 
     tau: float = Field(0.05, gt=0, lt=1)
