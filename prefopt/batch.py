@@ -31,6 +31,7 @@ COLUMNS: Final[Mapping[str, str]] = {
     "reference_logps": "[N, T] log-probabilities under the reference",
     "old_logps": "[N, T] log-probabilities under the policy before this step",
     "old_values": "[N, T] values before this step",
+    "sampled_logps": "[N, T] log-probabilities that the sampler drew the tokens with",
 }
 OUTPUTS: Final[Mapping[str, str]] = {
     "logps": "[N, T] log-probability of each completion token",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as List
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,6 +21,7 @@ from pydantic import (
     ConfigDict,
     GetCoreSchemaHandler,
     GetJsonSchemaHandler,
+    PositiveInt,
     PrivateAttr,
     SerializerFunctionWrapHandler,
     ValidationError,
@@ -30,12 +31,13 @@ from pydantic import (
 )
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
-from prefopt.batch import Batch, Loss, Needs, Policy, StepContext
+from prefopt.batch import Batch, Draw, Loss, Needs, Policy, StepContext
 from prefopt.rows import Comparison, Completion, Rollout, Row, Sequence, Text
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
+    from torch import Tensor
 
 
 DATA = "$PREFOPT_DATA"
@@ -186,6 +188,33 @@ class Algorithm(Component):
         return self.needs().during == {"scores"}
 
 
+class RolloutAlgorithm(Algorithm):
+    """A method that learns from samples drawn as it trains: `needs().draws` says which. One step draws and prepares
+    once; it is then passed over `inner_epochs` times in `minibatches`, each of them one update."""
+
+    eats: ClassVar[type[Row]] = Rollout
+
+    inner_epochs: PositiveInt = 1
+    """Passes over the samples of a step."""
+    minibatches: PositiveInt = 1
+    """Updates in each pass; prompts are dealt to them at random."""
+
+    @property
+    def on_policy(self) -> bool:
+        """Whether every sample is used for one update only, by the policy that drew it: the ratio of old and new
+        probabilities is then 1, and nobody has to compute the old ones."""
+        return self.inner_epochs * self.minibatches == 1
+
+    def keep(self, group: Rollout) -> bool:
+        """Whether a scored group is worth a step. What is not kept is replaced by other prompts, a few times."""
+        return True
+
+    def idle(self, batch: Batch) -> Tensor | None:
+        """[N] True at sequences that neither loss nor gradient depend on, after `prepare`. They are left out of the
+        passes and stay counted. None: there are none."""
+        return None
+
+
 # --- rewards and judges ---------------------------------------------------------------------------------------------
 
 
@@ -277,10 +306,12 @@ class DataSource(Component):
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One completion to draw: the prompt's tokens, and the key its random numbers derive from."""
+    """One completion to draw: the prompt's tokens, and the key its random numbers derive from; a `greedy` one takes the
+    most probable token each time."""
 
     prompt: tuple[int, ...]
     key: int
+    greedy: bool = False
 
 
 class LanguageModel(Protocol):
@@ -306,7 +337,8 @@ class LanguageModel(Protocol):
         """The text of completion tokens, without special tokens."""
 
 
-Drawer = Callable[[List[Request]], list[Completion]]
+Drawer = Callable[[List[Request]], Iterable[tuple[int, Completion]]]
+"""Draws one completion for each request and gives them as they are finished, each with the place of its request."""
 
 
 class Sampler(Component):
@@ -320,8 +352,13 @@ class Sampler(Component):
         divergence is measured."""
         return None
 
-    def open(self, model: LanguageModel) -> Drawer:
-        """The function that draws one completion for each request. Its completions carry `ids` and `logps`."""
+    def serves(self, draw: Draw) -> bool:
+        """Whether it can draw that: what it cannot is refused before a run starts. Default: samples of one model."""
+        return draw.source != "mixture" and not draw.greedy
+
+    def open(self, model: LanguageModel, other: LanguageModel | None = None, mix: float = 0.0) -> Drawer:
+        """The function that draws. Its completions carry `ids` and `logps`, the latter of the distribution that was
+        drawn from. With `other` that is the geometric mixture p(v) ~ model(v)^(1 - mix) other(v)^mix."""
         raise NotImplementedError(f"sampler `{self.name}` must define open")
 
 

@@ -27,6 +27,8 @@ class Role(IntEnum):
     SAMPLE = 7
     OPENING = 8
     """The prompt itself, scored as a completion of nothing."""
+    OPPONENT = 9
+    """A sample that the others are compared with: of the reference, of a mixture, or a greedy one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,13 +169,29 @@ class Judgement(Row):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rollout(Row):
-    """The replies drawn for one prompt; each completion's `score` is its reward, None when it could not be scored."""
+    """The replies drawn for one prompt; each completion's `score` is its reward, None when it could not be scored.
+    `roles` says what each was drawn as; without it all are samples."""
 
     kind: ClassVar[str] = "rollout"
     completions: tuple[Completion, ...]
+    roles: tuple[Role, ...] = ()
 
     def sequences(self, group: int) -> list[Sequence]:
-        return [self._sequence(c, Role.SAMPLE, group, score=c.score) for c in self.completions]
+        roles = self.roles or (Role.SAMPLE,) * len(self.completions)
+        return [
+            self._sequence(c, role, group, score=c.score, finished=float(c.finished))
+            for c, role in zip(self.completions, roles, strict=True)
+        ]
+
+    def of(self, role: Role) -> tuple[Completion, ...]:
+        """The completions drawn as `role`."""
+        roles = self.roles or (Role.SAMPLE,) * len(self.completions)
+        return tuple(c for c, own in zip(self.completions, roles, strict=True) if own == role)
+
+    def select(self, index: List[int]) -> Rollout:
+        """The completions at these places."""
+        roles = tuple(self.roles[i] for i in index) if self.roles else ()
+        return replace(self, completions=tuple(self.completions[i] for i in index), roles=roles)
 
     def scored(self, scores: List[float | None]) -> Rollout:
         """The same rollout with `scores`, one for each completion."""

@@ -6,6 +6,7 @@ a time from the same position on, and a row whose prompt is not over yet is fed 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from collections.abc import Sequence as List
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import PositiveFloat, PositiveInt
 
-from prefopt.api import Completion, DataError, Drawer, LanguageModel, Request, Sampler, lazy_import
+from prefopt.api import Completion, DataError, Draw, Drawer, LanguageModel, Request, Sampler, lazy_import
 
 if TYPE_CHECKING:
     import numpy as np
@@ -48,59 +49,66 @@ class Plain(Sampler):
     def density(self) -> float | None:
         return None if self.greedy else self.temperature
 
-    def open(self, model: LanguageModel) -> Drawer:
-        def drawer(requests: List[Request]) -> list[Completion]:
-            return self._draw(model, requests)
+    def serves(self, draw: Draw) -> bool:
+        return True
 
-        return drawer
+    def open(self, model: LanguageModel, other: LanguageModel | None = None, mix: float = 0.0) -> Drawer:
+        models = [model] if other is None else [model, other]
+        return lambda requests: self._draw(models, mix, requests)
 
-    def _draw(self, model: LanguageModel, requests: List[Request]) -> list[Completion]:
+    def _draw(
+        self, models: List[LanguageModel], mix: float, requests: List[Request]
+    ) -> Iterator[tuple[int, Completion]]:
         order = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt))
-        found: dict[int, Completion] = {}
         for first in range(0, len(order), self.batch):
             part = order[first : first + self.batch]
-            rows = [_Row(requests[i], self._room(model, requests[i])) for i in part]
-            self._decode(model, rows)
-            found.update(zip(part, (row.completion(model) for row in rows), strict=True))
-        return [found[i] for i in range(len(requests))]
+            rows = [_Row(requests[i], self._room(models, requests[i])) for i in part]
+            self._decode(models, mix, rows)
+            yield from zip(part, (row.completion(models[0]) for row in rows), strict=True)
 
-    def _room(self, model: LanguageModel, request: Request) -> int:
+    def _room(self, models: List[LanguageModel], request: Request) -> int:
         """The most tokens to draw. Raises `DataError` for a prompt that leaves no room."""
-        if model.positions is None:
+        limits = [model.positions for model in models if model.positions is not None]
+        if not limits:
             return self.max_new_tokens
-        room = model.positions - len(request.prompt)
+        room = min(limits) - len(request.prompt)
         if room < 1:
-            what = f"a prompt has {len(request.prompt)} tokens, and the model can read {model.positions}"
+            what = f"a prompt has {len(request.prompt)} tokens, and the model can read {min(limits)}"
             raise DataError(what, fix="Shorten it: the reply needs room too.")
         return min(self.max_new_tokens, room)
 
-    def _decode(self, model: LanguageModel, rows: list[_Row]) -> None:
+    def _decode(self, models: List[LanguageModel], mix: float, rows: list[_Row]) -> None:
         """Fills the rows, all standing at the same position, until each has ended or is full."""
         position = min(len(row.request.prompt) for row in rows)
-        state = _State(model, [row.request.prompt[:position] for row in rows])
+        states = [_State(model, [row.request.prompt[:position] for row in rows]) for model in models]
         while True:
             drawing = [i for i, row in enumerate(rows) if len(row.request.prompt) <= position]
-            uniform = [rows[i].uniforms[len(rows[i].ids)] for i in drawing]
-            drawn = self._choose(state.logits[drawing], torch.tensor(uniform, dtype=torch.double))
-            for i, token, logp in zip(drawing, *drawn, strict=True):
+            logps = self._mixed([state.logits[drawing] for state in states], mix)
+            for i, token, logp in zip(drawing, *self._choose(logps, [rows[i] for i in drawing]), strict=True):
                 rows[i].add(token, logp)
-            going = [i for i, row in enumerate(rows) if not row.over(model)]
+            going = [i for i, row in enumerate(rows) if not row.over(models[0])]
             if not going:
                 return
             rows = [rows[i] for i in going]
-            state.advance(going, [row.token_at(position) for row in rows])
+            for state in states:
+                state.advance(going, [row.token_at(position) for row in rows])
             position += 1
 
-    def _choose(self, logits: Tensor, uniform: Tensor) -> tuple[list[int], list[float]]:
-        """A token for each row of `logits` [n, V], and its log-probability under the distribution it was drawn from."""
-        logps = torch.log_softmax(logits.double() / self.temperature, dim=-1)
-        if self.greedy:
-            chosen = logps.argmax(-1)
-        else:
-            total = logps.exp().cumsum(-1)
-            threshold = uniform.to(total) * total[:, -1]
-            chosen = torch.searchsorted(total, threshold[:, None], right=True).squeeze(1)
-            chosen = chosen.clamp(max=logits.shape[-1] - 1)
+    def _mixed(self, logits: List[Tensor], mix: float) -> Tensor:
+        """The log-probabilities that are drawn from, [n, V] in double precision."""
+        scaled = [torch.log_softmax(x.double() / self.temperature, dim=-1) for x in logits]
+        return scaled[0] if len(scaled) == 1 else torch.log_softmax((1 - mix) * scaled[0] + mix * scaled[1], dim=-1)
+
+    def _choose(self, logps: Tensor, rows: List[_Row]) -> tuple[list[int], list[float]]:
+        """A token for each row, by `logps` [n, V], and its log-probability under the distribution it was drawn from."""
+        uniform = torch.tensor([row.uniforms[len(row.ids)] for row in rows], dtype=torch.double)
+        total = logps.exp().cumsum(-1)
+        threshold = uniform.to(total) * total[:, -1]
+        drawn = torch.searchsorted(total, threshold[:, None], right=True).squeeze(1).clamp(max=logps.shape[-1] - 1)
+        greedy = torch.tensor(
+            [self.greedy or row.request.greedy for row in rows], dtype=torch.bool, device=drawn.device
+        )
+        chosen = torch.where(greedy, logps.argmax(-1), drawn)
         return chosen.tolist(), logps.gather(1, chosen[:, None]).squeeze(1).tolist()
 
 

@@ -14,8 +14,10 @@ from prefopt.rows import Rollout, Row
 def draw(drawer: Drawer, renderer: Renderer, rows: List[Row], n: int, *key: str | int) -> list[Rollout]:
     """`n` completions for the prompt of each row that fits. Draw k for row i depends on `key`, i and k alone."""
     prompts = [(row, opening) for row in rows if (opening := renderer.opening(row.prompt)) is not None]
-    drawn = drawer([Request(opening, derive(*key, row.index, k)) for row, opening in prompts for k in range(n)])
+    drawn = dict(drawer([Request(opening, derive(*key, row.index, k)) for row, opening in prompts for k in range(n)]))
     return [
-        Rollout(prompt=row.prompt, index=row.index, extra=row.extra, completions=tuple(drawn[i * n : (i + 1) * n]))
+        Rollout(
+            prompt=row.prompt, index=row.index, extra=row.extra, completions=tuple(drawn[i * n + k] for k in range(n))
+        )
         for i, (row, _) in enumerate(prompts)
     ]

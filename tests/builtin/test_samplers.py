@@ -6,7 +6,7 @@ import pytest
 import torch
 from scipy.stats import chisquare
 
-from prefopt.api import DataError, Request
+from prefopt.api import Completion, DataError, Draw, LanguageModel, Request, Sampler
 from prefopt.builtin.samplers import Plain
 from prefopt.data.render import Tokens
 from prefopt.data.streams import derive
@@ -26,9 +26,14 @@ def requests(count: int) -> list[Request]:
     return [Request(PROMPTS[i % len(PROMPTS)], derive("test", i)) for i in range(count)]
 
 
+def drawn(sampler: Sampler, model: LanguageModel, wanted: list[Request]) -> list[Completion]:
+    found = dict(sampler.open(model)(wanted))
+    return [found[i] for i in range(len(wanted))]
+
+
 def test_the_first_token_follows_the_model_s_distribution(model):
     draws = 20_000
-    found = Plain(max_new_tokens=1, batch=5000).open(model)([Request((5, 6, 7), derive(i)) for i in range(draws)])
+    found = drawn(Plain(max_new_tokens=1, batch=5000), model, [Request((5, 6, 7), derive(i)) for i in range(draws)])
     with torch.no_grad():
         p = torch.softmax(model.network(torch.tensor([[5, 6, 7]])).logits[0, -1].double(), -1)
     counts = Counter(c.ids[0] for c in found)
@@ -39,7 +44,7 @@ def test_the_first_token_follows_the_model_s_distribution(model):
 
 
 def test_reported_log_probabilities_are_those_of_the_scorer(model):
-    found = Plain(max_new_tokens=12).open(model)(requests(8))
+    found = drawn(Plain(max_new_tokens=12), model, requests(8))
     tokens = [Tokens(r.prompt, c.ids) for r, c in zip(requests(8), found, strict=True)]
     scored = run(Scorer(model.network), tokens, ("logps",), torch.device("cpu"))["logps"]
     for row, completion in zip(scored.tolist(), found, strict=True):
@@ -48,22 +53,22 @@ def test_reported_log_probabilities_are_those_of_the_scorer(model):
 
 @pytest.mark.parametrize("batch", [1, 3, 64])
 def test_the_same_key_gives_the_same_text_whatever_is_drawn_beside_it(model, batch):
-    expected = Plain(max_new_tokens=16, batch=7).open(model)(requests(12))
-    found = Plain(max_new_tokens=16, batch=batch).open(model)(requests(12))
+    expected = drawn(Plain(max_new_tokens=16, batch=7), model, requests(12))
+    found = drawn(Plain(max_new_tokens=16, batch=batch), model, requests(12))
     assert [c.ids for c in found] == [c.ids for c in expected]
     assert len({c.ids for c in expected}) > 8
 
 
 def test_greedy_equals_transformers_generate(model):
     for prompt in PROMPTS:
-        (found,) = Plain(max_new_tokens=10, greedy=True).open(model)([Request(prompt, 0)])
+        (found,) = drawn(Plain(max_new_tokens=10, greedy=True), model, [Request(prompt, 0)])
         ids = torch.tensor([prompt])
         expected = model.network.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=10, do_sample=False)
         assert list(found.ids) == expected[0, len(prompt) :].tolist()
 
 
 def test_a_completion_ends_with_its_end_token_or_is_unfinished(model):
-    found = Plain(max_new_tokens=40, temperature=1.5).open(model)(requests(64))
+    found = drawn(Plain(max_new_tokens=40, temperature=1.5), model, requests(64))
     (end,) = model.end_ids
     ended = [c for c in found if c.finished]
     cut = [c for c in found if not c.finished]
@@ -80,19 +85,42 @@ def test_a_completion_stops_where_the_model_can_read_no_further(tmp_path, shape)
     build_tiny(tmp_path / "short", max_position_embeddings=16, **shape)
     short = open_model(str(tmp_path / "short"), torch.device("cpu"))
     assert short.positions == 16
-    found = Plain(max_new_tokens=40).open(short)(requests(16))
+    found = drawn(Plain(max_new_tokens=40), short, requests(16))
     lengths = [len(r.prompt) + len(c.ids) for r, c in zip(requests(16), found, strict=True)]
     assert max(lengths) == 16
     assert all(size == 16 for size, c in zip(lengths, found, strict=True) if not c.finished)
     with pytest.raises(DataError, match="a prompt has 16 tokens, and the model can read 16"):
-        Plain().open(short)([Request((5,) * 16, 0)])
+        drawn(Plain(), short, [Request((5,) * 16, 0)])
 
 
 def test_temperature_sharpens(model):
     def mean_logp(temperature: float) -> float:
-        found = Plain(max_new_tokens=8, temperature=temperature).open(model)(requests(64))
+        found = drawn(Plain(max_new_tokens=8, temperature=temperature), model, requests(64))
         tokens = [Tokens(r.prompt, c.ids) for r, c in zip(requests(64), found, strict=True)]
         scored = run(Scorer(model.network), tokens, ("logps",), torch.device("cpu"))["logps"]
         return scored.sum().item() / sum(len(c.ids) for c in found)
 
     assert mean_logp(0.3) > mean_logp(1.0) + 0.1
+
+
+def test_a_greedy_request_among_others_takes_the_most_probable_tokens(model):
+    mixed = [*requests(4), Request(PROMPTS[0], 0, greedy=True)]
+    found = drawn(Plain(max_new_tokens=10), model, mixed)
+    assert [found[-1].ids] == [c.ids for c in drawn(Plain(max_new_tokens=10, greedy=True), model, mixed[-1:])]
+    assert [c.ids for c in found[:4]] == [c.ids for c in drawn(Plain(max_new_tokens=10), model, mixed[:4])]
+
+
+def test_a_mixture_is_the_normalised_product_of_powers(model, tmp_path):
+    build_tiny(tmp_path / "other", seed=5)
+    other = open_model(str(tmp_path / "other"), torch.device("cpu"))
+    drawer = Plain(max_new_tokens=1, batch=500, temperature=0.7).open(model, other, 0.25)
+    found = [c for _, c in sorted(drawer(requests(500)), key=lambda pair: pair[0])]
+    with torch.no_grad():
+        p, q = (
+            torch.softmax(m.network(torch.tensor([[5, 6]])).logits[0, -1].double() / 0.7, -1) for m in (model, other)
+        )
+    product = p**0.75 * q**0.25
+    expected = (product / product.sum()).log()
+    seen = {c.ids[0]: c.logps[0] for i, c in enumerate(found) if PROMPTS[i % 4] == (5, 6)}
+    assert seen == pytest.approx({token: float(expected[token]) for token in seen}, abs=1e-5)
+    assert Plain().serves(Draw(source="mixture", mix=0.25))
