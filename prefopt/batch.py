@@ -94,7 +94,8 @@ class Needs:
     @property
     def reference(self) -> bool:
         """Whether there must be a reference model."""
-        return "reference_logps" in self.columns or "token_kl" in self.during
+        drawn = any(draw.source != "policy" for draw in self.draws)
+        return drawn or "reference_logps" in self.columns or "token_kl" in self.during
 
 
 def _unknown(asked: Iterable[str], known: Mapping[str, str], what: str) -> list[str]:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as List
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol, get_args, get_origin
 
 from pydantic import (
     AfterValidator,
@@ -80,6 +80,11 @@ def _resolve(cls: type[Component], value: Any, info: ValidationInfo) -> Componen
     return component
 
 
+def _holds_tuple(annotation: Any) -> bool:
+    """Whether a field is a tuple, or may be one."""
+    return get_origin(annotation) is tuple or any(_holds_tuple(part) for part in get_args(annotation))
+
+
 class Component(BaseModel):
     """A named, configurable part. Subclasses set `name`; their fields become keys of the configuration section.
 
@@ -107,10 +112,14 @@ class Component(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _without_name(cls, value: Any) -> Any:
-        if cls.name and isinstance(value, Mapping) and str(value.get(cls.key)).rpartition(":")[2] == cls.name:
-            return {k: v for k, v in value.items() if k != cls.key}
-        return value
+    def _as_written(cls, value: Any) -> Any:
+        """Without the name, and with lists as tuples where tuples are wanted: JSON knows lists alone."""
+        if not isinstance(value, Mapping):
+            return value
+        named = bool(cls.name) and str(value.get(cls.key)).rpartition(":")[2] == cls.name
+        wanted = {name for name, field in cls.model_fields.items() if _holds_tuple(field.annotation)}
+        given = {k: v for k, v in value.items() if not (named and k == cls.key)}
+        return {k: tuple(v) if k in wanted and isinstance(v, list) else v for k, v in given.items()}
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
@@ -178,9 +187,14 @@ class Algorithm(Component):
         raise NotImplementedError(f"algorithm `{self.name}` has no loss yet: write {type(self).__name__}.loss")
 
     def accept(self, metrics: Mapping[str, float]) -> str:
-        """`step` to update, `skip` to drop this minibatch's gradient, `stop` to end the run. Called before each
-        update."""
+        """`step` to update, `skip` to drop this minibatch's gradient, `stop` to drop it and what is left of the step.
+        Called before each update."""
         return "step"
+
+    @property
+    def passes(self) -> tuple[int, int]:
+        """How often a step is passed over, and in how many updates each time."""
+        return 1, 1
 
     @property
     def trains_reward(self) -> bool:
@@ -200,10 +214,14 @@ class RolloutAlgorithm(Algorithm):
     """Updates in each pass; prompts are dealt to them at random."""
 
     @property
+    def passes(self) -> tuple[int, int]:
+        return self.inner_epochs, self.minibatches
+
+    @property
     def on_policy(self) -> bool:
         """Whether every sample is used for one update only, by the policy that drew it: the ratio of old and new
         probabilities is then 1, and nobody has to compute the old ones."""
-        return self.inner_epochs * self.minibatches == 1
+        return self.passes == (1, 1)
 
     def keep(self, group: Rollout) -> bool:
         """Whether a scored group is worth a step. What is not kept is replaced by other prompts, a few times."""

@@ -10,8 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from prefopt.batch import Needs
-from prefopt.components import Algorithm, Component, Recipe, Scorer, World, expanded
+from prefopt.batch import Draw, Needs
+from prefopt.components import Algorithm, Component, Recipe, Sampler, Scorer, World, expanded
 from prefopt.config import DataConfig, RunConfig, located, read_document
 from prefopt.config.models import MixConfig, RowsConfig
 from prefopt.config.yaml import Keys
@@ -21,7 +21,7 @@ from prefopt.data.source import verdict
 from prefopt.data.streams import generator
 from prefopt.errors import ConfigError, DataError, PluginError, PrefoptError, Problem
 from prefopt.registry import Registry
-from prefopt.rows import Demonstration, Row
+from prefopt.rows import Demonstration, Prompt, Row
 
 if TYPE_CHECKING:
     import numpy as np
@@ -67,10 +67,13 @@ def _errors(
     config: RunConfig, registry: Registry, promised: Collection[str], beside: Path | None
 ) -> Iterator[PrefoptError]:
     paths = {"model.path": config.model.path, "reference.path": config.reference.path if config.reference else None}
+    paths["critic.path"] = config.critic.path if config.critic else None
     for where, path in paths.items():
         if path is not None and path not in promised:
             yield from _caught(partial(_check_model, path, where, registry, beside))
     yield from _caught(partial(_check_algorithm, config))
+    yield from _caught(partial(_check_sampling, config))
+    yield from _caught(partial(_check_critic, config))
     yield from _caught(partial(_check_data, config.data, "data", config), "data")
     if config.eval is not None and config.eval.data is not None:
         yield from _caught(partial(_check_data, config.eval.data, "eval.data", config), "eval.data")
@@ -89,7 +92,7 @@ def _caught(check: Callable[[], None], where: str = "") -> Iterator[PrefoptError
 
 def _check_model(path: str, where: str, registry: Registry, beside: Path | None) -> None:
     """A local model must have a configuration and safetensors; a hub name cannot be checked without the network."""
-    if path.startswith(WORLD) and where == "reference.path":
+    if path.startswith(WORLD) and where != "model.path":
         fix = "Leave it out when the reference is the model as it starts; otherwise name a model folder."
         raise ConfigError(f"`{path}` is built by the run that trains it", where=where, fix=fix)
     if path.startswith(WORLD):
@@ -128,11 +131,6 @@ def _check_algorithm(config: RunConfig) -> None:
             f"algorithm `{config.algorithm.name}` asks for scores and for {others}: one model gives scores alone",
             where="algorithm",
         )
-    if needs.draws:
-        raise PluginError(
-            f"algorithm `{config.algorithm.name}` samples while it trains; this version trains from data only",
-            where="algorithm",
-        )
     if config.reference is not None and not needs.reference:
         raise ConfigError(f"algorithm `{config.algorithm.name}` uses no reference", where="reference", fix="Remove it.")
     kept = config.reference is not None and (config.reference.mode == "cached" or config.reference.store is not None)
@@ -142,6 +140,53 @@ def _check_algorithm(config: RunConfig) -> None:
             where="reference",
             fix="Set mode: resident, or leave mode and store out.",
         )
+
+
+def _check_sampling(config: RunConfig) -> None:
+    """A run that samples while it trains has a reward, a sampler that serves it, and a reference that stays at hand."""
+    name, own = config.algorithm.name, _needs(config.algorithm).draws
+    draws = config.draws
+    problems: list[Problem] = []
+    if own and config.rollout.n is not None:
+        what = f"algorithm `{name}` says itself how many replies it draws"
+        problems.append(Problem(what, "rollout.n", "Leave it out."))
+    if draws and config.reward is None:
+        what = f"algorithm `{name}` learns from scored replies, and nothing scores them"
+        problems.append(Problem(what, "reward", "Name one: `prefopt plugins list` shows what there is."))
+    if not draws and config.reward is not None:
+        fix = "Leave it out, or set rollout.n to draw replies for each prompt while training."
+        problems.append(Problem(f"algorithm `{name}` learns from rows: no reply is scored", "reward", fix))
+    if draws and config.algorithm.trains_reward:
+        problems.append(Problem("a reward model draws no replies", "rollout.n", "Leave it out."))
+    if config.sampler is not None:
+        problems += _unserved(config.sampler, draws)
+    kept = config.reference is not None and (config.reference.mode == "cached" or config.reference.store is not None)
+    if draws and kept:
+        what = "what is drawn while training cannot be scored before: the reference stays in memory"
+        problems.append(Problem(what, "reference", "Leave mode and store out."))
+    if problems:
+        raise ConfigError(*problems)
+
+
+def _unserved(sampler: Sampler, draws: tuple[Draw, ...]) -> Iterator[Problem]:
+    """Draws a sampler cannot make, or whose log-probabilities are not those of the policy."""
+    for draw in draws:
+        if not sampler.serves(draw):
+            asked = f"greedy draws from the {draw.source}" if draw.greedy else f"draws from the {draw.source}"
+            yield Problem(f"sampler `{sampler.name}` cannot make {asked}", "sampler", "Choose another.")
+    if draws and sampler.density is None:
+        yield Problem(
+            "with these settings replies come from another distribution than the policy's: ratios and KL divergence "
+            "would be wrong",
+            "sampler",
+            "Train without greedy draws and without cutting the distribution (top-k, top-p, min-p).",
+        )
+
+
+def _check_critic(config: RunConfig) -> None:
+    needs = _needs(config.algorithm)
+    if config.critic is not None and "values" not in needs.during:
+        raise ConfigError(f"algorithm `{config.algorithm.name}` uses no values", where="critic", fix="Remove it.")
 
 
 def _needs(algorithm: Algorithm) -> Needs:
@@ -158,8 +203,11 @@ def _needs(algorithm: Algorithm) -> Needs:
 def _check_data(data: DataConfig, where: str, config: RunConfig) -> None:
     """The first rows can be read, become what the algorithm eats, and have the numbers it asks for."""
     rows, wanted = _peek(data, config.run.seed, where), config.algorithm.eats
-    adapt(rows[:1], wanted)
     needed = _needs(config.algorithm).rows
+    if config.draws:
+        adapt(rows[:1], Prompt)
+        return
+    adapt(rows[:1], wanted)
     problems = []
     for i, row in enumerate(rows):
         for sequence in (s for new in adapt([row], wanted) for s in new.sequences(0)):
@@ -200,7 +248,8 @@ def describe(config: RunConfig, registry: Registry) -> str:
     entry = registry.owner(type(config.algorithm))
     needs = config.algorithm.needs()
     parts = [f"{config.algorithm.name} ({entry.distribution} {entry.version})"]
-    parts.append(f"on {config.algorithm.eats.kind} rows from {config.data.source.name}")
+    kind = Prompt.kind if config.draws else config.algorithm.eats.kind
+    parts.append(f"on {kind} rows from {config.data.source.name}")
     parts.append(f"needs {', '.join([*sorted(needs.columns), *sorted(needs.during)])}")
     return ", ".join(parts)
 

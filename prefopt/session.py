@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import json
-import platform
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as List
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
-from importlib.metadata import version
+from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
 from shutil import rmtree
@@ -21,7 +16,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from prefopt.components import Sampler
+from prefopt.batch import Draw
+from prefopt.components import Drawer, RolloutAlgorithm, Sampler
+from prefopt.components import Scorer as RewardScorer
 from prefopt.config import ModelConfig, ReferenceConfig, RunConfig, anchored, dump, resolved
 from prefopt.data.adapt import adapt
 from prefopt.data.check import write_rejects
@@ -29,17 +26,20 @@ from prefopt.data.render import Renderer, load_tokenizer
 from prefopt.data.streams import derive
 from prefopt.engine import checkpoint as checkpoints
 from prefopt.engine.card import card
+from prefopt.engine.collect import Collector
 from prefopt.engine.columns import Forwarder, Meter, asked
 from prefopt.engine.evaluate import Evaluator, judge
 from prefopt.engine.failures import explained
 from prefopt.engine.folder import RunFolder, write_text
 from prefopt.engine.forward import Scorer
 from prefopt.engine.inputs import HeldOut, Inputs
+from prefopt.engine.journal import TABLE, Journal
 from prefopt.engine.loop import Loop, Progress
 from prefopt.engine.measure import Measured
 from prefopt.engine.memory import peak_bytes, reset_peak
-from prefopt.engine.models import Model, build, load_causal, load_classifier, open_model, positions, save
-from prefopt.engine.optimize import Optimizer
+from prefopt.engine.models import Model, build, load_causal, load_classifier, load_critic, open_model, positions, save
+from prefopt.engine.optimize import CRITIC, Optimizer
+from prefopt.engine.origin import compare, describe
 from prefopt.engine.probe import probe
 from prefopt.engine.ranks import Ranks
 from prefopt.engine.recompute import prepare
@@ -47,8 +47,9 @@ from prefopt.engine.record import TIMINGS, Recorder, numbers
 from prefopt.engine.reference import AdapterOff, Cached, Moving, Reference, Resident
 from prefopt.engine.rollout import draw
 from prefopt.engine.services import EngineServices, RewardModel
+from prefopt.engine.stops import stop_requests
 from prefopt.engine.store import Store
-from prefopt.errors import ConfigError, DataError, Preempted, Problem, redact
+from prefopt.errors import ConfigError, DataError, Preempted, redact
 from prefopt.hookspecs import RunInfo
 from prefopt.plugins import Plugins
 from prefopt.preflight import check, world_recipe
@@ -123,7 +124,7 @@ class Session:
         self._notify("prefopt_run_started", run=info)
         outcome = "failed"
         try:
-            with _stop_requests() as requests:
+            with stop_requests() as requests:
                 loop.run(lambda metrics, seconds: self._after_step(loop, evaluator, info, metrics, seconds, requests))
             outcome = "stopped" if loop.progress.step < loop.total else "finished"
             return self._finish(loop, outcome)
@@ -162,10 +163,12 @@ class Session:
             write_rejects(self.folder.path / "rejects.jsonl", inputs.rejects)
         reference = self._reference(scorer)
         forwarder = Forwarder(self.ranks.wrap(scorer), self.ranks, self._budget, config.optim.precision)
-        optimizer = Optimizer(scorer, config.optim, self._lasting(scorer))
+        forwarder.temperature = self._temperature
+        optimizer = Optimizer(scorer, config.optim, self._lasting(scorer), self._critic_scale)
         data = (inputs.assembler, inputs.order, inputs.total)
         loop = Loop(config.algorithm, config.optim, *data, config.run.seed, forwarder, optimizer, reference, inputs.mix)
         loop.warn = self.warn if self.ranks.main else _unsaid
+        loop.collector = self._collector(loop)
         evaluator = self._evaluator(loop, inputs.held_out)
         if isinstance(reference, Cached):
             self._fill(reference, loop, evaluator)
@@ -187,13 +190,22 @@ class Session:
     def _scorer(self, model: ModelConfig) -> Scorer:
         if self.config.algorithm.trains_reward:
             return self._on_device(Scorer(load_classifier(model, self.tokenizer, self.config.run.seed)))
-        needs = self.config.algorithm.needs()
-        scorer = Scorer(
-            load_causal(model, self.config.run.seed), values="values" in needs.during or "old_values" in needs.columns
-        )
+        needs, critic = self.config.algorithm.needs(), self.config.critic
+        values = "values" in needs.during or "old_values" in needs.columns
+        scorer = Scorer(load_causal(model, self.config.run.seed), values=values and critic is None)
         if scorer.value_head is not None:
             scorer.value_head.requires_grad_("values" in needs.during)
-        return self._on_device(scorer)
+        scorer = self._on_device(scorer)
+        if critic is not None:
+            other, self.critic_tokenizer = load_critic(critic.path, self.tokenizer, self.config.run.seed)
+            scorer.value_by(self._on_device(other), self.warn if self.ranks.main else _unsaid)
+        return scorer
+
+    @property
+    def _critic_scale(self) -> float:
+        """The critic's learning rate as a multiple of the policy's."""
+        critic = self.config.critic
+        return 1.0 if critic is None or critic.lr is None else critic.lr / self.config.optim.lr
 
     def _on_device(self, scorer: Scorer) -> Scorer:
         """The scorer with the fastest paths that hold for it."""
@@ -224,7 +236,7 @@ class Session:
         settings = self.config.reference or ReferenceConfig()
         device, budget, dtype = self.ranks.device, self._budget, self.config.optim.precision
         live = "token_kl" in needs.during
-        if settings.every is None and settings.mode != "resident" and not live:
+        if settings.every is None and settings.mode != "resident" and not live and not self.config.draws:
             kept = Path(settings.store) if settings.store else self.folder.kept
             name = f"reference-{self.ranks.rank}.sqlite" if self.ranks.world > 1 else "reference.sqlite"
             source = self._initial() if settings.path is not None else scorer
@@ -237,17 +249,56 @@ class Session:
             )
         new = self.model.lora is not None and self.model.lora.path is None
         if new and settings.every is None and not live and settings.path is None:
-            return AdapterOff(scorer, device, budget, dtype)
+            return AdapterOff(scorer, device, budget, dtype, self._temperature)
         other = self._initial()
         if live:
             scorer.compare_with(other, self.warn if self.ranks.main else _unsaid)
         if settings.every is not None and settings.mix is not None:
-            return Moving(other, device, budget, dtype, every=settings.every, mix=settings.mix)
-        return Resident(other, device, budget, dtype)
+            return Moving(other, device, budget, dtype, self._temperature, every=settings.every, mix=settings.mix)
+        return Resident(other, device, budget, dtype, self._temperature)
 
     def _initial(self) -> Scorer:
         """A second copy of the reference model."""
         return self._on_device(Scorer(load_causal(self._initial_config)))
+
+    # --- sampling while training ------------------------------------------------------------------------------------
+
+    @cached_property
+    def _sampler(self) -> Sampler:
+        return self.config.sampler or default_sampler(self.plugins)
+
+    @property
+    def _temperature(self) -> float:
+        """That of all log-probabilities: a run that samples scores its samples as they were drawn."""
+        return (self._sampler.density or 1.0) if self.config.draws else 1.0
+
+    @cached_property
+    def _reward(self) -> RewardScorer | None:
+        return None if self.config.reward is None else self.config.reward.open(self.services)
+
+    def _collector(self, loop: Loop) -> Collector | None:
+        """What draws and scores the samples of each step, in a run that samples."""
+        algorithm = self.config.algorithm
+        if not self.config.draws or self._reward is None:
+            return None
+        keep = algorithm.keep if isinstance(algorithm, RolloutAlgorithm) else _all
+        journal = Journal(self.folder.journal, self.ranks.main)
+        given = (loop.assembler.rows, loop.order, loop.assembler.renderer, self.config.draws)
+        opened = partial(self._drawer, loop)
+        return Collector(
+            *given, opened, self._reward, keep, self.config.rollout, self.ranks, journal, self.config.run.seed
+        )
+
+    def _drawer(self, loop: Loop, draw: Draw) -> Drawer:
+        """The sampler on the model that a draw comes from."""
+        policy = Model(loop.scorer.network, self.tokenizer, self.ranks.device)
+        if draw.source == "policy":
+            return self._sampler.open(policy)
+        assert isinstance(loop.reference, Resident), "a run that draws from the reference keeps it in memory"
+        reference = Model(loop.reference.network, self.tokenizer, self.ranks.device)
+        if draw.source == "reference":
+            return self._sampler.open(reference)
+        return self._sampler.open(policy, reference, draw.mix)
 
     def _fill(self, reference: Cached, loop: Loop, evaluator: Evaluator | None) -> None:
         """Scores every sequence the run will meet, while the reference is still there, and lets it go."""
@@ -265,13 +316,13 @@ class Session:
         settings = self.config.eval
         if settings is None or held_out is None:
             return None
-        built = held_out.assembler(held_out.index)
-        if built is None:
+        built = None if self.config.draws else held_out.assembler(held_out.index)
+        if built is None and not self.config.draws:
             raise DataError("no held-out row can be used", where="eval")
         rows = [held_out.assembler.rows[i] for i in held_out.index]
         wanted = bool(settings.samples and not self.config.algorithm.trains_reward) or bool(settings.tasks)
         subject = self._subject(loop) if wanted else None
-        return Evaluator(settings, built, rows, subject, self._keep_samples)
+        return Evaluator(settings, built, rows, subject, self._keep_samples, self._reward)
 
     def _subject(self, loop: Loop) -> Callable[[int, List[Row]], Measured]:
         """Views of the model in training, beside the model it started from."""
@@ -279,7 +330,7 @@ class Session:
         if self.config.algorithm.trains_reward:
             scorer = RewardModel(loop.scorer, renderer, self.ranks.device)
             return lambda step, rows: Measured(rows, self.services, renderer, scorer=scorer)
-        sampler = self.config.sampler or default_sampler(self.plugins)
+        sampler = self._sampler
         policy = Model(loop.scorer.network, self.tokenizer, self.ranks.device)
         other = open_model(self._initial_config, self.ranks.device)
 
@@ -345,7 +396,7 @@ class Session:
         metrics = {f"eval/{name}": x for name, x in found.items()}
         self.recorder.line("metrics.jsonl", {"step": loop.progress.step, **numbers(metrics)})
         self._notify("prefopt_step_finished", run=info, step=loop.progress.step, metrics=metrics)
-        return judge(found, evaluator.config, loop.progress) and evaluator.config.keep_best
+        return judge(found, evaluator.metric, evaluator.config, loop.progress) and evaluator.config.keep_best
 
     def _save(self, loop: Loop) -> None:
         if self.ranks.main:
@@ -389,8 +440,12 @@ class Session:
                 _, best = checkpoints.load(self.folder.checkpoints / checkpoints.folder_name(progress.best_step))
                 state = best.tensors["model"]
             save(loop.scorer, self.tokenizer, self.folder.model, state)
+            if loop.scorer.critic is not None:
+                own = None if state is None else {name.removeprefix(CRITIC): x for name, x in state.items()}
+                save(loop.scorer.critic, self.critic_tokenizer, self.folder.path / "critic", own)
             text = card(self.config, self.folder, facts, self.recorder.last())
             write_text(self.folder.model / "README.md", text)
+            Journal(self.folder.journal, active=True).close(self.folder.path / TABLE)
             self.folder.write(self.folder.result, facts)
             rmtree(self.folder.kept, ignore_errors=True)
         self.ranks.wait()
@@ -407,35 +462,13 @@ class Session:
         self.folder.write(self.folder.info, describe(self.config, self.plugins))
 
 
-def describe(config: RunConfig, plugins: Plugins) -> dict[str, Any]:
-    """What a result depends on beside its configuration: versions of code, hashes of data."""
-    owner = plugins.registry.owner(type(config.algorithm))
-    packages = ("prefopt", "torch", "transformers", "tokenizers", "accelerate", "numpy")
-    return {
-        "algorithm": {"name": config.algorithm.name, "distribution": owner.distribution, "version": owner.version},
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
-        "data": {name: checkpoints.digest(Path(name)) for name in config.data.source.files},
-    }
-
-
 def _unsaid(message: str) -> None:
     """Other ranks say what the main one says."""
 
 
-def compare(before: Mapping[str, Any], now: Mapping[str, Any], warn: Callable[[str], None]) -> None:
-    """What a run began with, and what it finds when it is resumed. Raises `DataError` for data that changed; code that
-    changed is worth a warning."""
-    old, new = before.get("data", {}), redact(now["data"])
-    fix = "Put back the file the run began with, or begin another run."
-    changed = [Problem("the file changed since the run began", name, fix) for name in new if new[name] != old.get(name)]
-    if changed:
-        raise DataError(*changed)
-    owner = now["algorithm"]["distribution"]
-    versions = [(name, before.get("versions", {}).get(name), number) for name, number in now["versions"].items()]
-    versions.append((owner, before.get("algorithm", {}).get("version"), now["algorithm"]["version"]))
-    for name, then, number in versions:
-        if then != number:
-            warn(f"the run began with {name} {then} and goes on with {number}: its numbers may differ")
+def _all(group: Rollout) -> bool:
+    """Every group is worth a step."""
+    return True
 
 
 def default_sampler(plugins: Plugins) -> Sampler:
@@ -443,27 +476,3 @@ def default_sampler(plugins: Plugins) -> Sampler:
     sampler = plugins.find("sampler", "prefopt:plain")()
     assert isinstance(sampler, Sampler)
     return sampler
-
-
-@contextmanager
-def _stop_requests() -> Iterator[list[int]]:
-    """Collects SIGTERM, SIGINT and SIGHUP: the run stops at the next step. A second SIGINT interrupts at once. What is
-    ignored, as SIGHUP is under nohup, stays ignored."""
-    received: list[int] = []
-
-    def note(number: int, frame: Any) -> None:
-        if received and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        received.append(number)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield received
-        return
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-    heard = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
-    before = {number: signal.signal(number, note) for number in heard}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

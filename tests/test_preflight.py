@@ -5,7 +5,7 @@ import json
 import jsonschema
 import pytest
 
-from prefopt.api import Algorithm, Comparison, Draw, Needs
+from prefopt.api import Algorithm, Comparison, Needs
 from prefopt.config import Document, resolved, run_from, schema
 from prefopt.config.yaml import parse
 from prefopt.errors import ConfigError, DataError, PluginError
@@ -183,13 +183,6 @@ class Greedy(Algorithm):
         return Needs(during={"scores", "logps"})
 
 
-class Sampling(Algorithm):
-    name, eats = "sampling", Comparison
-
-    def needs(self):
-        return Needs(draws=(Draw(n=4),))
-
-
 class Failing(Algorithm):
     name, eats = "failing", Comparison
 
@@ -200,7 +193,6 @@ class Failing(Algorithm):
 @pytest.mark.parametrize(
     ("cls", "what"),
     [
-        (Sampling, "samples while it trains"),
         (Failing, "Failing.needs\\(\\) failed"),
         (Greedy, "asks for scores and for logps"),
     ],

@@ -371,7 +371,7 @@ def test_gradients_stay_in_place_on_the_fast_path_only(tiny_model, tmp_path, mon
 
 
 class Choosy(Algorithm):
-    """Skips its second step and stops at its fourth."""
+    """Says of each update what `VERDICTS` says."""
 
     name, eats = "choosy", Comparison
 
@@ -393,17 +393,17 @@ class Choosy(Algorithm):
 VERDICTS: list[str] = []
 
 
-def test_an_algorithm_may_skip_updates_and_stop_the_run(tiny_model, tmp_path):
-    VERDICTS[:] = ["step", "skip", "step", "stop"]
+def test_an_algorithm_may_leave_out_updates(tiny_model, tmp_path):
+    VERDICTS[:] = ["step", "skip", "step", "stop", "step"]
     plugins = load()
     plugins.registry.add(Choosy, "test", "0")
-    sections = {"algorithm": {"name": "choosy"}, "run": {"steps": 9}, "eval": {"every": 1, "rows": 4}}
+    sections = {"algorithm": {"name": "choosy"}, "run": {"steps": 5}, "eval": {"every": 1, "rows": 4}}
     result = train(tiny_config(tiny_model, tmp_path / "run", sections, plugins), plugins)
     facts = json.loads((result.folder / "result.json").read_text())
-    assert (facts["outcome"], facts["steps"], facts["updates"], facts["skipped"]) == ("stopped", 4, 2, 1)
+    assert (facts["outcome"], facts["steps"], facts["updates"], facts["skipped"]) == ("finished", 5, 3, 2)
     train_lines = [m for m in lines(result.folder / "metrics.jsonl") if "eval/loss/total" not in m]
-    assert [m["seen"] for m in train_lines] == [1, 2, 3, 4]  # evaluation does not advance the state
-    assert [m["lr"] > 0 for m in train_lines] == [True, False, True, False]
+    assert [m["seen"] for m in train_lines] == [1, 2, 3, 4, 5]  # evaluation does not advance the state
+    assert [m["lr"] > 0 for m in train_lines] == [True, False, True, False, True]
 
 
 def test_the_learning_rate_counts_updates_and_not_steps(tiny_model, tmp_path):

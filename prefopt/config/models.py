@@ -23,7 +23,8 @@ from pydantic import (
     model_validator,
 )
 
-from prefopt.components import Algorithm, DataSource, Sampler, Task, UserPath, expanded
+from prefopt.batch import Draw
+from prefopt.components import Algorithm, DataSource, RewardSource, Sampler, Task, UserPath, expanded
 
 NAME_RULE = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 
@@ -201,6 +202,31 @@ class ReferenceConfig(Section):
         return self
 
 
+class CriticConfig(Section):
+    """The model that values states, with weights of its own. Without this section values come from a head on the
+    policy."""
+
+    path: UserPath
+    """The folder of a causal language model or of a reward model, whose score head is then where the values start."""
+    lr: PositiveFloat | None = None
+    """Its peak learning rate; it follows the schedule of `optim`. Default: `optim.lr`."""
+
+
+class RolloutConfig(Section):
+    """What is drawn while training, and what happens to draws that cannot be used."""
+
+    n: PositiveInt | None = None
+    """Replies for each prompt, for a method that learns from rows: the best and the worst become a pair, for example.
+    Methods that sample by themselves say how many they want."""
+    on_missing: Literal["abort", "retry", "drop_sample", "drop_group"] = "abort"
+    """What to do when a reply could not be scored: end the run, ask again and then end it, leave out the reply, or
+    leave out all replies to its prompt. What is left out is counted as `reward/missing`."""
+    retries: PositiveInt = 3
+    """How often `retry` asks again."""
+    redraws: NonNegativeInt = 3
+    """How often prompts whose replies the method does not keep are replaced by others in the same step."""
+
+
 class EvalConfig(Section):
     """Evaluation on held-out rows while training."""
 
@@ -216,14 +242,20 @@ class EvalConfig(Section):
     """Prompts to sample a reply for, written to `samples.jsonl`; they also give `kl/sequence`."""
     tasks: tuple[Task, ...] = ()
     """Further measurements."""
-    metric: str = "loss/total"
-    """The metric that decides what is best."""
-    goal: Literal["min", "max"] = "min"
-    """Whether a smaller or a larger value of it is better."""
+    metric: str | None = None
+    """The metric that decides what is best. Default: `loss/total`, or `reward/mean` of the samples when the run samples
+    while it trains."""
+    goal: Literal["min", "max"] | None = None
+    """Whether a smaller or a larger value of it is better. Default: smaller for a loss, larger for anything else."""
     patience: PositiveInt | None = None
     """Stop after so many evaluations in a row without a better value."""
     keep_best: bool = False
     """Export the best evaluated model instead of the last one."""
+
+    def better(self, metric: str, value: float, best: float) -> bool:
+        """Whether `value` of `metric` is better than `best`."""
+        smaller = (self.goal or ("min" if metric.startswith("loss/") else "max")) == "min"
+        return value < best if smaller else value > best
 
     @model_validator(mode="after")
     def _nothing_is_mixed_in(self) -> EvalConfig:
@@ -284,11 +316,21 @@ class RunConfig(Section):
     """The method, by name, with its hyperparameters."""
     optim: OptimConfig = OptimConfig()
     reference: ReferenceConfig | None = None
+    critic: CriticConfig | None = None
+    reward: RewardSource | None = None
+    """What scores the replies of a method that samples while it trains."""
+    rollout: RolloutConfig = RolloutConfig()
     eval: EvalConfig | None = None
     sampler: Sampler | None = None
-    """How to draw completions for evaluation. Default: `plain`."""
+    """How to draw completions. Default: `plain`."""
     run: RunSection
     plugins: PluginsConfig = PluginsConfig()
+
+    @property
+    def draws(self) -> tuple[Draw, ...]:
+        """What is drawn for each prompt in a step; empty for a run that learns from its rows alone."""
+        own = self.algorithm.needs().draws
+        return own or ((Draw(self.rollout.n),) if self.rollout.n is not None else ())
 
 
 class SuiteConfig(Section):

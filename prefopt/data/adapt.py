@@ -123,11 +123,16 @@ def _rollout_to_ranking(row: Rollout) -> list[Row]:
 
 
 def _rollout_to_comparison(row: Rollout) -> list[Row]:
-    """The best against the worst; equal scores are dropped."""
+    """The best against the worst, with the difference of their scores as margin; equal scores are dropped, and so are
+    equal completions."""
     scored = _scored(row)
-    if len(scored) < 2 or scored[0][0] == scored[-1][0]:
+    if len(scored) < 2:
         return []
-    return [Comparison(**_shared(row), chosen=scored[0][1], rejected=scored[-1][1])]
+    (high, best), (low, worst) = scored[0], scored[-1]
+    same = best.text == worst.text and best.ids == worst.ids
+    if high == low or same:
+        return []
+    return [Comparison(**_shared(row), chosen=best, rejected=worst, margin=high - low)]
 
 
 def _rollout_to_judgements(row: Rollout) -> list[Row]:

@@ -8,6 +8,7 @@ from collections.abc import Sequence as List
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from prefopt.batch import Batch
 from prefopt.components import Algorithm
@@ -17,6 +18,8 @@ from prefopt.data.read import shortened
 from prefopt.data.render import Renderer, Tokens
 from prefopt.errors import DataError
 from prefopt.rows import Comparison, Row, Sequence
+
+SAMPLED = "sampled_logps"
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +37,10 @@ class Assembled:
     def select(self, index: List[int]) -> Assembled:
         return Assembled(self.batch.select(index), [self.tokens[i] for i in index])
 
+    def minibatch(self, index: List[int]) -> Assembled:
+        """These sequences as a step of their own: means are over them alone."""
+        return Assembled(self.batch.select(index).recounted(), [self.tokens[i] for i in index])
+
 
 @dataclass
 class Assembler:
@@ -44,18 +51,26 @@ class Assembler:
     renderer: Renderer
     drop: bool = False
     """Whether rows that cannot be used are dropped, and counted, instead of stopping the run."""
+    samples: bool = False
+    """Whether the rows are prompts to draw from: what is trained on is made of the draws."""
 
     @property
     def counts(self) -> Counter[str]:
         return self.renderer.counts
 
     def sequences(self, indices: Iterable[int], drop: bool = False) -> list[Sequence]:
-        """The sequences of the given rows, as the algorithm arranges them; with `drop`, without the rows that it
-        refuses.
+        """The sequences of the rows at these places."""
+        return self._arranged(self._taken(indices), drop)
+
+    def _taken(self, indices: Iterable[int]) -> list[Row]:
+        return [replace(self.rows[i], index=i) for i in indices]
+
+    def _arranged(self, given: List[Row], drop: bool) -> list[Sequence]:
+        """The sequences of rows, as the algorithm arranges them; with `drop`, without the rows that it refuses.
 
         A tie is dropped unless the algorithm asks for `preference`: it would be taken for a preference otherwise.
         """
-        rows = adapt([replace(self.rows[i], index=i) for i in indices], self.algorithm.eats)
+        rows = adapt(given, self.algorithm.eats)
         if "preference" not in self.algorithm.needs().rows:
             kept = [row for row in rows if not (isinstance(row, Comparison) and row.preference == 0.5)]
             self.counts["rows/ties"] += len(rows) - len(kept)
@@ -77,11 +92,15 @@ class Assembler:
         return True
 
     def __call__(self, indices: Iterable[int]) -> Assembled | None:
-        """The step made of these rows; None when nothing is left of them."""
-        return self._built(indices, self.drop)
+        """The step made of the rows at these places; None when nothing is left of them."""
+        return self.of(self._taken(indices))
 
-    def _built(self, indices: Iterable[int], drop: bool) -> Assembled | None:
-        arranged = self.sequences(indices, drop)
+    def of(self, rows: List[Row]) -> Assembled | None:
+        """The step made of these rows."""
+        return self._built(rows, self.drop)
+
+    def _built(self, rows: List[Row], drop: bool) -> Assembled | None:
+        arranged = self._arranged(rows, drop)
         sequences, tokens = self.renderer.render(self._with_numbers(arranged) if drop else arranged, drop)
         return Assembled(self._batch(sequences, tokens), tokens) if sequences else None
 
@@ -95,6 +114,8 @@ class Assembler:
     def _batch(self, sequences: List[Sequence], tokens: List[Tokens]) -> Batch:
         fields = sorted(self.algorithm.needs().rows)
         columns = {name: torch.tensor([field_of(s, name) for s in sequences], dtype=torch.float32) for name in fields}
+        if self.samples:
+            columns[SAMPLED] = _side_by_side([s.completion.logps or () for s in sequences], tokens)
         return Batch.build(
             [t.completion for t in tokens],
             role=[s.role for s in sequences],
@@ -116,7 +137,7 @@ class Assembler:
         before = Counter(self.counts)
         for i in indices:
             try:
-                self._built((i,), drop=False)
+                self._try(i)
             except DataError as error:
                 what, where = error.problems[0], place(self.rows, i)
                 found.append(
@@ -124,6 +145,20 @@ class Assembler:
                 )
         self.renderer.counts = before
         return found
+
+    def _try(self, i: int) -> None:
+        if self.samples:
+            self.renderer.opening(self.rows[i].prompt)
+        else:
+            self._built(self._taken((i,)), drop=False)
+
+
+def _side_by_side(numbers: List[List[float]], tokens: List[Tokens]) -> Tensor:
+    """[N, T], 0 behind each. A sequence that nobody drew has none."""
+    out = torch.zeros(len(tokens), max(len(t.completion) for t in tokens))
+    for row, own in zip(out, numbers, strict=True):
+        row[: len(own)] = torch.tensor(own)
+    return out
 
 
 def field_of(sequence: Sequence, name: str) -> float:

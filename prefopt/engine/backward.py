@@ -3,12 +3,12 @@ counts."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from prefopt.batch import Policy
+from prefopt.batch import Batch, Policy
 from prefopt.components import Algorithm
 from prefopt.data.assemble import Assembled
 from prefopt.engine.columns import Forwarder
@@ -16,31 +16,42 @@ from prefopt.engine.plan import Micro
 from prefopt.errors import PluginError
 
 
-def backward(algorithm: Algorithm, forwarder: Forwarder, built: Assembled) -> dict[str, float]:
-    """Adds the gradient of the minibatch's loss to the parameters; returns its metrics over all ranks."""
+def backward(algorithm: Algorithm, forwarder: Forwarder, built: Assembled, gap: bool = False) -> dict[str, float]:
+    """Adds the gradient of the minibatch's loss to the parameters; returns its metrics over all ranks. With `gap` one
+    of them is how far the sampler's log-probabilities are from ours, as a mean of absolute differences."""
     micros = forwarder.plan(built)
     tokens = sum(map(len, built.tokens))
     forwarder.meter.backward += tokens
     forwarder.meter.forward += tokens if "token_kl" in algorithm.needs().during else 0  # those of the reference
     if algorithm.coupled and (len(micros) > 1 or forwarder.ranks.world > 1):
         return _coupled(algorithm, forwarder, built, micros)
-    return _separate(algorithm, forwarder, built, micros)
+    return _separate(algorithm, forwarder, built, micros, gap)
 
 
 def _separate(
-    algorithm: Algorithm, forwarder: Forwarder, built: Assembled, micros: Sequence[Micro]
+    algorithm: Algorithm, forwarder: Forwarder, built: Assembled, micros: Sequence[Micro], gap: bool
 ) -> dict[str, float]:
     totals: dict[str, Tensor] = {}
     for micro in _each(micros, forwarder):
         part = built.select(micro.index)
         outputs = forwarder.live(part, algorithm.needs().during)
-        loss = algorithm.loss(part.batch.to(forwarder.ranks.device), Policy(outputs))
+        batch = part.batch.to(forwarder.ranks.device)
+        loss = algorithm.loss(batch, Policy(outputs))
         _differentiate(loss.value, micro, forwarder, algorithm)
-        for name, x in {"loss/total": loss.value, **loss.metrics}.items():
+        found = {"loss/total": loss.value, **loss.metrics} | (_gap(batch, outputs) if gap else {})
+        for name, x in found.items():
             value = torch.zeros((), dtype=torch.double) if micro.idle else x.detach().double().cpu()
             totals[name] = totals.get(name, torch.zeros((), dtype=torch.double)) + value
     values = forwarder.ranks.sum(torch.stack(list(totals.values())))
     return dict(zip(totals, values.tolist(), strict=True))
+
+
+def _gap(batch: Batch, outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Of the sequences that were drawn."""
+    if "logps" not in outputs:
+        return {}
+    off = (outputs["logps"].detach() - batch.sampled_logps).abs() * (batch.sampled_logps != 0)
+    return {"sampler/gap": batch.mean(off, "tokens", weighted=False)}
 
 
 def _coupled(algorithm: Algorithm, forwarder: Forwarder, built: Assembled, micros: Sequence[Micro]) -> dict[str, float]:

@@ -36,6 +36,7 @@ class Forwarder:
     budget: int
     dtype: str
     meter: Meter = field(default_factory=Meter)
+    temperature: float = 1.0
 
     def plan(self, built: Assembled) -> list[Micro]:
         """This rank's microbatches."""
@@ -44,7 +45,7 @@ class Forwarder:
 
     def live(self, part: Assembled, want: Collection[str]) -> dict[str, Tensor]:
         """The outputs of one microbatch, with gradient when gradients are on."""
-        return run(self.module, part.tokens, want, self.ranks.device, self.dtype, part.groups)
+        return run(self.module, part.tokens, want, self.ranks.device, self.dtype, part.groups, self.temperature)
 
     @torch.no_grad()
     def whole(self, built: Assembled, want: Collection[str]) -> dict[str, Tensor]:
@@ -71,7 +72,7 @@ def _place(out: dict[str, Tensor], found: dict[str, Tensor], index: Sequence[int
 def fill(built: Assembled, algorithm: Algorithm, forwarder: Forwarder, reference: Reference | None) -> Assembled:
     """The step with the columns that `needs().before` asks for, of the roles it asks for; 0 elsewhere."""
     columns: dict[str, Tensor] = {}
-    for name in sorted(algorithm.needs().columns):
+    for name in sorted(algorithm.needs().columns.keys() - built.batch.columns.keys()):
         index = asked(built, algorithm, name)
         part = built.select(index)
         values = torch.zeros(built.batch.mask.shape)

@@ -23,6 +23,7 @@ class RunFolder:
         self.model = path / "model"
         self.base = path / "base"
         self.kept = path / "kept"
+        self.journal = path / "journal"
         self.config = path / "config.yaml"
         self.info = path / "run.json"
         self.result = path / "result.json"

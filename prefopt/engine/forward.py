@@ -29,8 +29,9 @@ DISTRIBUTIONS = LINEAR | {"token_kl"}
 class Scorer(nn.Module):
     """A causal language model, or a sequence classifier, with what prefopt adds to it.
 
-    `values` adds a value head: one number for the state before each token. Dropout is off, always: policy,
-    reference and value passes must agree. `beside` holds the reference that `token_kl` compares with: no part of this
+    `values` adds a value head: one number for the state before each token; a `critic`, which is a sequence classifier,
+    gives these numbers with weights of its own. Dropout is off, always: policy, reference and value passes must agree.
+    `beside` holds the reference that `token_kl` compares with: no part of this
     module, for it is neither trained nor saved. `recomputed` are the layers whose insides are not kept.
     """
 
@@ -41,6 +42,7 @@ class Scorer(nn.Module):
         self.in_place = False
         self.beside: list[Scorer] = []
         self.recomputed: list[nn.Module] = []
+        self.critic: Scorer | None = None
         width = int(self.config.hidden_size)
         self.value_head = nn.Linear(width, 1) if values else None
         if self.value_head is not None:
@@ -69,10 +71,18 @@ class Scorer(nn.Module):
                 "distributions cannot be compared",
                 where="reference.path",
             )
-        if (self.paths.layout, self.paths.tiled) != (reference.paths.layout, reference.paths.tiled):
-            warn("model and reference do not allow the same shortcuts: both take the plain path")
-            self.paths = reference.paths = PLAIN
+        self._go_with(reference, "reference", warn)
         self.beside = [reference]
+
+    def value_by(self, critic: Scorer, warn: Callable[[str], None]) -> None:
+        """Makes `values` the critic's. Both then take the same path."""
+        self._go_with(critic, "critic", warn)
+        self.critic = critic
+
+    def _go_with(self, other: Scorer, name: str, warn: Callable[[str], None]) -> None:
+        if (self.paths.layout, self.paths.tiled) != (other.paths.layout, other.paths.tiled):
+            warn(f"model and {name} do not allow the same shortcuts: both take the plain path")
+            self.paths = other.paths = PLAIN
 
     def accumulate_in_place(self, head_is_used: bool) -> list[nn.Parameter]:
         """Adds gradients of the vocabulary's matrices where they lie, in place of making new matrices in every
@@ -101,6 +111,8 @@ class Scorer(nn.Module):
                 return {"scores": self._scores(packed)}
             compute = self._tiled if self.paths.tiled else self._plain
             found = compute(packed, want, temperature)
+            if "values" in want and self.critic is not None:
+                found["values"] = self.critic._judged(packed).index_select(0, packed.source)
         return {name: packed.unpacked(x) for name, x in found.items()}
 
     def _plain(self, packed: Packed, want: Collection[str], temperature: float) -> dict[str, Tensor]:
@@ -117,7 +129,7 @@ class Scorer(nn.Module):
                 found["collision_entropy"] = token_collision_entropy(logits, temperature)
             if "token_kl" in want:
                 found["token_kl"] = token_kl(logits / temperature, self._beside_logits(packed) / temperature)
-        if "values" in want:
+        if "values" in want and self.critic is None:
             found["values"] = self._values(out.hidden_states[-1].flatten(0, 1).index_select(0, packed.source))
         return found
 
@@ -137,7 +149,7 @@ class Scorer(nn.Module):
             with torch.no_grad():
                 others = reference._states(packed).index_select(0, packed.source)
             found["token_kl"] = linear_kl(states, head, others, reference._head(temperature), into=into)
-        if "values" in want:
+        if "values" in want and self.critic is None:
             found["values"] = self._values(states)
         return found
 
@@ -159,8 +171,11 @@ class Scorer(nn.Module):
 
     def _scores(self, packed: Packed) -> Tensor:
         """The score at the last real token, found by position and never by comparing with a padding id."""
-        state = self._states(packed).index_select(0, packed.last)
-        return self.network.score(state).float().squeeze(-1)  # type: ignore[operator,no-any-return]
+        return self._judged(packed).index_select(0, packed.last)
+
+    def _judged(self, packed: Packed) -> Tensor:
+        """The score head at each token. [R * W]"""
+        return self.network.score(self._states(packed)).float().squeeze(-1)  # type: ignore[operator,no-any-return]
 
     def _states(self, packed: Packed) -> Tensor:
         """What the backbone makes of each token. [R * W, H]"""

@@ -5,10 +5,11 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence as List
 from dataclasses import dataclass, field
+from math import prod
 
 from prefopt.components import Algorithm, Services
 from prefopt.config import RunConfig
-from prefopt.config.models import MixConfig, RowsConfig
+from prefopt.config.models import DataConfig, MixConfig, RowsConfig
 from prefopt.data.assemble import Assembler
 from prefopt.data.check import Policy, Reject, screened
 from prefopt.data.mix import Mix, MixedLikelihood
@@ -39,12 +40,14 @@ class Opener:
     tokenizer: Tokenizer
     positions: int | None
     services: Services
+    samples: bool
     rejects: list[Reject] = field(default_factory=list)
 
     def __call__(self, data: RowsConfig, algorithm: Algorithm) -> Assembler:
         rows, rejected = screened(data.source.open(self.services), policy(data))
         self.rejects.extend(rejected)
-        return Assembler(rows, algorithm, self.renderer(data), drop=data.on_bad_row == "drop")
+        drop = data.on_bad_row == "drop"
+        return Assembler(rows, algorithm, self.renderer(data), drop, self.samples and isinstance(data, DataConfig))
 
     def renderer(self, data: RowsConfig) -> Renderer:
         return Renderer(self.tokenizer, data.max_length or self.positions, data.overflow, data.train_on)
@@ -62,13 +65,15 @@ class Inputs:
     mix: Mix | None = None
     rejects: list[Reject] = field(default_factory=list)
     policies: tuple[Policy, ...] = (Policy(), Policy(), Policy())
+    updates: int = 1
+    """Updates in a step, each with rows of its own of what is mixed in."""
 
     @classmethod
     def of(cls, config: RunConfig, tokenizer: Tokenizer, positions: int | None, services: Services) -> Inputs:
         """Opens the data. `positions` is the most tokens the model can read. Raises `DataError` for unusable rows,
         `ConfigError` for a length the model cannot read."""
         _refuse_longer(config, positions)
-        opened = Opener(tokenizer, positions, services)
+        opened = Opener(tokenizer, positions, services, bool(config.draws))
         train = opened(config.data, config.algorithm)
         rows, held_out = _held_out(config, train, opened)
         order = Order(rows, config.optim.batch_size, config.run.seed)
@@ -77,7 +82,8 @@ class Inputs:
         mixed = config.data.mix
         policies = (policy(config.data), policy(other), Policy() if mixed is None else policy(mixed))
         mix = None if mixed is None else _mix(mixed, config, opened)
-        return cls(train, order, total, held_out, mix, opened.rejects, policies)
+        updates = prod(config.algorithm.passes)
+        return cls(train, order, total, held_out, mix, opened.rejects, policies, updates)
 
     def check(self) -> None:
         """Raises `DataError` with every row that a step or the evaluation could not use. Rows that may be dropped join
@@ -86,7 +92,9 @@ class Inputs:
         parts: list[tuple[Assembler, List[int]]] = []
         parts.append((self.assembler, array("q", (i for step in steps for i in self.order.step(step)))))
         parts.append((self.held_out.assembler, self.held_out.index) if self.held_out else (self.assembler, ()))
-        parts.append((self.mix.assembler, sorted(self.mix.seen(self.total))) if self.mix else (self.assembler, ()))
+        parts.append(
+            (self.mix.assembler, sorted(self.mix.seen(self.total * self.updates))) if self.mix else (self.assembler, ())
+        )
         problems: list[Problem] = []
         for (assembler, index), rule in zip(parts, self.policies, strict=True):
             found = assembler.unusable(index)
@@ -136,7 +144,7 @@ def _held_out(config: RunConfig, train: Assembler, opened: Opener) -> tuple[List
         return range(size), HeldOut(other, range(min(len(other.rows), config.eval.rows)))
     rows, index = _share(config, size)
     return array("q", rows), HeldOut(
-        Assembler(train.rows, config.algorithm, opened.renderer(config.data), train.drop), index
+        Assembler(train.rows, config.algorithm, opened.renderer(config.data), train.drop, train.samples), index
     )
 
 

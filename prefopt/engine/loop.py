@@ -1,6 +1,7 @@
 """The loop, one for every method. It knows an algorithm only through its declared needs and its pure functions.
 
-rows -> sequences -> batch -> columns (no gradient) -> prepare -> microbatches -> loss -> backward -> accept -> update
+rows -> [draw -> score -> keep] -> sequences -> batch -> columns (no gradient) -> prepare -> minibatches -> microbatches
+-> loss -> backward -> accept -> update
 """
 
 from __future__ import annotations
@@ -8,21 +9,25 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence as List
+from dataclasses import asdict, dataclass, field, replace
+from statistics import fmean
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from prefopt.batch import StepContext
-from prefopt.components import Algorithm
+from prefopt.components import Algorithm, RolloutAlgorithm
 from prefopt.config import OptimConfig
 from prefopt.data.assemble import Assembled, Assembler
 from prefopt.data.mix import Mix
 from prefopt.data.streams import Order, derive
 from prefopt.engine.backward import backward
+from prefopt.engine.collect import Collector
 from prefopt.engine.columns import Forwarder, fill
 from prefopt.engine.forward import Scorer
+from prefopt.engine.layout import members
 from prefopt.engine.optimize import Optimizer, learning_rate
 from prefopt.engine.ranks import unwrap
 from prefopt.engine.reference import Reference
@@ -61,6 +66,7 @@ class Loop:
     optimizer: Optimizer
     reference: Reference | None
     mix: Mix | None = None
+    collector: Collector | None = None
     progress: Progress = field(default_factory=Progress)
     state: dict[str, Tensor] = field(default_factory=dict)
     warn: Callable[[str], None] = print
@@ -78,13 +84,21 @@ class Loop:
 
     def step(self, step: int) -> dict[str, float]:
         """One global step; returns its metrics. A step left without rows changes nothing but a count."""
-        built = self.assembler(self.order.step(step))
-        epoch = {"epoch": step / self.order.steps_per_epoch}
+        built, recorded = self.begun(step)
+        recorded["epoch"] = step / self.order.steps_per_epoch
         if built is None:
             self.progress.skipped += 1
-            return epoch | {"rows/none_left": 1.0}
-        built, recorded = self.prepared(built, self.context(step, self.state))
-        return epoch | recorded | self.update(built, self.mix.step(step) if self.mix is not None else None)
+            return recorded | {"rows/none_left": 1.0}
+        built, found = self.prepared(built, self.context(step, self.state))
+        return recorded | found | self.passes(built, step)
+
+    def begun(self, step: int) -> tuple[Assembled | None, dict[str, float]]:
+        """The tokens of a step, and what was measured while they were drawn."""
+        if self.collector is None:
+            return self.assembler(self.order.step(step)), {}
+        found = self.collector(step)
+        self.forwarder.meter.sampled += found.sampled
+        return self.assembler.of(found.rollouts) if found.rollouts else None, dict(found.metrics)
 
     def context(self, step: int, state: dict[str, Tensor]) -> StepContext:
         """What `prepare` may use: random streams named by seed, step and purpose."""
@@ -107,31 +121,57 @@ class Loop:
         found = Assembled(batch, built.tokens)
         return found if len(batch.trained) == len(batch) else found.select(batch.trained), ctx.recorded
 
-    def update(self, built: Assembled, mixed: Assembled | None = None) -> dict[str, float]:
+    def passes(self, built: Assembled, step: int) -> dict[str, float]:
+        """The updates of a step, as many as the algorithm wants of its samples. Metrics are means over them."""
+        epochs, parts = self.algorithm.passes
+        found: list[dict[str, float]] = []
+        for epoch in range(epochs):
+            for index in dealt(built.groups, parts, derive(self.seed, "minibatches", step, epoch)):
+                minibatch = built if parts == 1 else built.minibatch(index)
+                mixed = None if self.mix is None else self.mix.step(step * epochs * parts + len(found))
+                metrics, verdict = self.update(self._active(minibatch), mixed, first=not found)
+                found.append(metrics)
+                if verdict == "stop":
+                    return _means(found)
+        return _means(found)
+
+    def _active(self, built: Assembled) -> Assembled:
+        """What the loss depends on: sequences that are idle stay counted and are left out."""
+        idle = self.algorithm.idle(built.batch) if isinstance(self.algorithm, RolloutAlgorithm) else None
+        if idle is None or not idle.any():
+            return built
+        return built.select((~idle).nonzero().squeeze(1).tolist() or [0])  # one stays: a gradient of zero is a gradient
+
+    def update(self, built: Assembled, mixed: Assembled | None, first: bool) -> tuple[dict[str, float], str]:
         """One minibatch: the gradients of all its microbatches, those of what is mixed in, and an update if the
-        algorithm accepts them."""
-        metrics = backward(self.algorithm, self.forwarder, built)
+        algorithm accepts them. Before the `first` update of a step the policy is the one that was sampled."""
+        metrics = backward(self.algorithm, self.forwarder, built, gap=first and self.collector is not None)
         if self.mix is not None and mixed is not None:
-            found = backward(self.mix.algorithm, self.forwarder, mixed)
+            found = backward(self.mix.algorithm, replace(self.forwarder, temperature=1.0), mixed)
             metrics["loss/total"] += found["loss/total"]
             metrics |= {f"mix/{name}": x for name, x in found.items()}
         metrics["gradient/norm"] = float(self.optimizer.clip())
         self._must_be_finite(metrics)
-        rate = learning_rate(self.optim, self.progress.updates, self.total)
-        accepted = self._accept(metrics)
-        if accepted:
+        rate = learning_rate(self.optim, self.progress.updates, self.updates)
+        verdict = self._verdict(metrics)
+        if verdict == "step":
             self.optimizer.step(rate)
             self.progress.updates += 1
+        self.progress.skipped += verdict != "step"
         self.optimizer.clear()
-        return {**metrics, "lr": rate if accepted else 0.0}
+        return {**metrics, "lr": rate if verdict == "step" else 0.0}, verdict
 
-    def _accept(self, metrics: Mapping[str, float]) -> bool:
+    @property
+    def updates(self) -> int:
+        """How many updates the run makes when none is left out."""
+        epochs, parts = self.algorithm.passes
+        return self.total * epochs * parts
+
+    def _verdict(self, metrics: Mapping[str, float]) -> str:
         verdict = self.algorithm.accept(metrics)
         if verdict not in ("step", "skip", "stop"):
             raise PluginError(f"{type(self.algorithm).__name__}.accept returned {verdict!r}, not step, skip or stop")
-        self.progress.stopped = verdict == "stop"
-        self.progress.skipped += verdict == "skip"
-        return verdict == "step"
+        return verdict
 
     def _must_be_finite(self, metrics: Mapping[str, float]) -> None:
         for name in ("loss/total", "gradient/norm"):
@@ -171,3 +211,18 @@ class Loop:
         mixed = {f"mix/{name}": n for name, n in self.mix.assembler.counts.items()} if self.mix is not None else {}
         self.progress.counts = {name: n for name, n in sorted({**self.assembler.counts, **mixed}.items()) if n}
         return asdict(self.progress)
+
+
+def dealt(groups: List[int], parts: int, key: int) -> list[list[int]]:
+    """The sequences of a step, dealt to at most `parts` minibatches, each group whole, by a random order."""
+    if parts == 1:
+        return [list(range(len(groups)))]
+    places = members(groups)
+    order = torch.randperm(len(places), generator=torch.Generator().manual_seed(key)).tolist()
+    hands = [sorted(i for k in order[hand::parts] for i in places[k]) for hand in range(parts)]
+    return [hand for hand in hands if hand]
+
+
+def _means(found: List[Mapping[str, float]]) -> dict[str, float]:
+    names = dict.fromkeys(name for metrics in found for name in metrics)
+    return {name: fmean(metrics[name] for metrics in found if name in metrics) for name in names}

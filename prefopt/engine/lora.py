@@ -136,6 +136,21 @@ def disabled(network: nn.Module) -> Iterator[None]:
             p.requires_grad_(True)
 
 
+class Without(nn.Module):
+    """The network as it was before adapters came, to draw from."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.inner = [network]  # no part of this module: its weights belong to somebody else
+
+    def __getattr__(self, name: str) -> Any:
+        return super().__getattr__(name) if name in self.__dict__ else getattr(self.__dict__["inner"][0], name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        with disabled(self.inner[0]):
+            return self.inner[0](*args, **kwargs)
+
+
 @torch.no_grad()
 def merged(network: nn.Module) -> dict[str, Tensor]:
     """The state of a network without adapters that computes the same."""

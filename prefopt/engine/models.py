@@ -101,6 +101,16 @@ def load_classifier(config: ModelConfig, tokenizer: Tokenizer, seed: int | None)
     return network  # type: ignore[no-any-return]
 
 
+def load_critic(path: str, tokenizer: Tokenizer, seed: int) -> tuple[Scorer, Tokenizer]:
+    """The model at `path` as a sequence classifier whose score, before each token, is that state's value, and its own
+    tokenizer. Raises `ConfigError` when it does not read the tokens of the policy's `tokenizer`."""
+    own = load_tokenizer(path)
+    vocabulary = own.get_vocab()
+    if any(vocabulary.get(token) != number for token, number in tokenizer.get_vocab().items()):
+        raise ConfigError(f"the critic `{path}` has another vocabulary than the model", where="critic.path")
+    return Scorer(load_classifier(ModelConfig(path=path), own, seed)), own
+
+
 def _is_classifier(network: Any) -> bool:
     """Whether the weights it was loaded from have a score head."""
     return any("ForSequenceClassification" in name for name in network.config.architectures or ())

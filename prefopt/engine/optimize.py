@@ -26,17 +26,32 @@ def learning_rate(config: OptimConfig, update: int, total: int) -> float:
     return config.lr * max(shape, config.final_lr)
 
 
+CRITIC = "critic."
+"""What the names of a critic's parameters begin with."""
+
+
 class Optimizer:
     """AdamW over the named parameters of a module; weight decay on matrices only. The gradients of `lasting`
-    parameters are zeroed between steps, all others dropped."""
+    parameters are zeroed between steps, all others dropped. The learning rate of a critic is `critic` times that of
+    everything else."""
 
-    def __init__(self, module: nn.Module, config: OptimConfig, lasting: Sequence[nn.Parameter] = ()) -> None:
+    def __init__(
+        self, module: nn.Module, config: OptimConfig, lasting: Sequence[nn.Parameter] = (), critic: float = 1.0
+    ) -> None:
         self.config = config
         self.lasting = {id(p) for p in lasting}
         self.named = {name: p for name, p in module.named_parameters() if p.requires_grad}
-        matrices = [p for p in self.named.values() if p.dim() >= 2]
-        others = [p for p in self.named.values() if p.dim() < 2]
-        groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+        groups = [
+            {
+                "params": [
+                    p for n, p in self.named.items() if (p.dim() >= 2, n.startswith(CRITIC)) == (matrix, values)
+                ],
+                "weight_decay": config.weight_decay if matrix else 0.0,
+                "scale": critic if values else 1.0,
+            }
+            for values in (False, True)
+            for matrix in (True, False)
+        ]
         self.adamw = torch.optim.AdamW(
             [g for g in groups if g["params"]], lr=config.lr, betas=config.betas, eps=config.eps, fused=True
         )
@@ -49,7 +64,7 @@ class Optimizer:
     def step(self, rate: float) -> None:
         """One update with learning rate `rate`."""
         for group in self.adamw.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["scale"]
         self.adamw.step()
 
     def clear(self) -> None:

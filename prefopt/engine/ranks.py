@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import reduce
+from accelerate.utils import gather_object, reduce
 from torch import Tensor, nn
 
 from prefopt.errors import ResourceError
+
+T = TypeVar("T")
 
 
 class Ranks:
@@ -41,6 +43,10 @@ class Ranks:
     def any(self, flag: bool) -> bool:
         """Whether any rank says yes."""
         return bool(self.sum(torch.tensor(float(flag))) > 0)
+
+    def gather(self, items: list[T]) -> list[T]:
+        """The items of all ranks, rank after rank, the same list on all of them."""
+        return items if self.world == 1 else gather_object(items)
 
     def wait(self) -> None:
         """Returns when every rank has come here."""

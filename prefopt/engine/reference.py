@@ -17,7 +17,7 @@ from prefopt.data.render import Tokens
 from prefopt.engine.checkpoint import load_tied
 from prefopt.engine.forward import Scorer, run
 from prefopt.engine.layout import members, units
-from prefopt.engine.lora import disabled
+from prefopt.engine.lora import Without, disabled
 from prefopt.engine.plan import plan
 from prefopt.engine.ranks import Ranks
 from prefopt.engine.store import Store
@@ -131,6 +131,11 @@ class Resident:
         self.scorer, self.device, self.budget, self.dtype = scorer.to(device), device, budget, dtype
         self.temperature = temperature
 
+    @property
+    def network(self) -> nn.Module:
+        """What samples of the reference are drawn from."""
+        return self.scorer.network
+
     @torch.no_grad()
     def logps(self, tokens: Sequence[Tokens], groups: Sequence[int]) -> list[Tensor]:
         kept: dict[int, Tensor] = {}
@@ -156,6 +161,10 @@ class Resident:
 class AdapterOff(Resident):
     """The policy itself without its adapters: no second copy of its weights."""
 
+    @property
+    def network(self) -> nn.Module:
+        return Without(self.scorer.network)
+
     @torch.no_grad()
     def logps(self, tokens: Sequence[Tokens], groups: Sequence[int]) -> list[Tensor]:
         with disabled(self.scorer.network):
@@ -169,9 +178,17 @@ class Moving(Resident):
     """
 
     def __init__(
-        self, scorer: Scorer, device: torch.device, budget: int, dtype: str = "float32", *, every: int, mix: float
+        self,
+        scorer: Scorer,
+        device: torch.device,
+        budget: int,
+        dtype: str = "float32",
+        temperature: float = 1.0,
+        *,
+        every: int,
+        mix: float,
     ) -> None:
-        super().__init__(scorer, device, budget, dtype)
+        super().__init__(scorer, device, budget, dtype, temperature)
         self.every, self.mix = every, mix
 
     @torch.no_grad()

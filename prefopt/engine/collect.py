@@ -1,0 +1,183 @@
+"""Draw, score, keep: the part of a step that comes before tokens, in a run that samples while it trains. It knows rows,
+draws and scores; no tokens, no loss. Every rank makes its share and gets all of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as List
+from dataclasses import dataclass, field, replace
+from statistics import fmean
+from typing import Any
+
+from prefopt.batch import Draw
+from prefopt.components import Drawer, Request, Score, Scorer
+from prefopt.config.models import RolloutConfig
+from prefopt.data.render import Renderer
+from prefopt.data.streams import Order, derive, generator
+from prefopt.engine.journal import Collected, Journal
+from prefopt.engine.ranks import Ranks
+from prefopt.errors import ServiceError
+from prefopt.rows import Completion, Role, Rollout, Row
+
+Scored = tuple[Rollout, list[Score]]
+
+
+@dataclass
+class Collector:
+    """Makes the scored rollouts of a step. What it draws depends on the seed, the step, the row and the policy alone.
+
+    `drawer` opens the sampler for a draw; `keep` says which groups are worth the step.
+    """
+
+    rows: List[Row]
+    order: Order
+    renderer: Renderer
+    draws: tuple[Draw, ...]
+    drawer: Callable[[Draw], Drawer]
+    score: Scorer
+    keep: Callable[[Rollout], bool]
+    settings: RolloutConfig
+    ranks: Ranks
+    journal: Journal
+    seed: int
+    _opened: dict[Draw, Drawer] = field(default_factory=dict)
+
+    def __call__(self, step: int) -> Collected:
+        """The rollouts of a step, from the journal if it has been drawn before."""
+        found = self.journal.read(step, self._row)
+        if found is None:
+            found = self._collected(step)
+            self.journal.write(step, found)
+        return found
+
+    def _row(self, index: int) -> Row:
+        return replace(self.rows[index], index=index)
+
+    def _collected(self, step: int) -> Collected:
+        wanted = self.order.step(step)
+        taken, kept, scored, refused = set(wanted), [], [], 0
+        for attempt in range(self.settings.redraws + 1):
+            new = self._scored(step, wanted)
+            scored += new
+            usable = [group for pair in new if (group := self._usable(*pair)) is not None]
+            good = [group for group in usable if self.keep(group)]
+            kept += good
+            refused += len(usable) - len(good)
+            wanted = self._others(step, attempt, len(usable) - len(good), taken)
+            if not wanted:
+                break
+        return Collected(kept, _metrics(scored, refused), sum(_tokens(group) for group, _ in scored))
+
+    def _others(self, step: int, attempt: int, count: int, taken: set[int]) -> list[int]:
+        """Rows to draw from in place of `count` groups that were not kept, none of them used in this step."""
+        if not count or attempt == self.settings.redraws:
+            return []
+        shuffled = generator(self.seed, "redraw", step, attempt).permutation(len(self.order.rows))
+        fresh = [i for i in (self.order.rows[k] for k in shuffled) if i not in taken][:count]
+        taken.update(fresh)
+        return fresh
+
+    # --- one share of it --------------------------------------------------------------------------------------------
+
+    def _scored(self, step: int, index: List[int]) -> list[Scored]:
+        """The groups of these rows in their order, drawn and scored by all ranks together."""
+        places = range(self.ranks.rank, len(index), self.ranks.world)
+        drawn = self._drawn(step, [(place, self._row(index[place])) for place in places])
+        groups = [group for _, group in drawn]
+        scores = self._scores(groups)
+        mine = [(place, group, own) for (place, group), own in zip(drawn, scores, strict=True)]
+        return [(group, own) for _, group, own in sorted(self.ranks.gather(mine), key=lambda item: item[0])]
+
+    def _drawn(self, step: int, rows: List[tuple[int, Row]]) -> list[tuple[int, Rollout]]:
+        opened = [(place, row, ids) for place, row in rows if (ids := self.renderer.opening(row.prompt)) is not None]
+        replies: list[list[Completion]] = [[] for _ in opened]
+        for number, draw in enumerate(self.draws):
+            keys = [
+                derive(self.seed, "rollout", step, number, row.index, k) for _, row, _ in opened for k in range(draw.n)
+            ]
+            prompts = [ids for _, _, ids in opened for _ in range(draw.n)]
+            found = dict(self._open(draw)([Request(p, key, draw.greedy) for p, key in zip(prompts, keys, strict=True)]))
+            for i, own in enumerate(replies):
+                own += [replace(found[i * draw.n + k], source=draw.source) for k in range(draw.n)]
+        roles = tuple(draw.role for draw in self.draws for _ in range(draw.n))
+        return [(place, _group(row, own, roles)) for (place, row, _), own in zip(opened, replies, strict=True)]
+
+    def _open(self, draw: Draw) -> Drawer:
+        if draw not in self._opened:
+            self._opened[draw] = self.drawer(draw)
+        return self._opened[draw]
+
+    def _scores(self, groups: List[Rollout]) -> list[list[Score]]:
+        """One score for each completion; where `retry` is asked for, groups that lack one are scored again."""
+        scores = self._asked(groups) if groups else []
+        for _ in range(self.settings.retries if self.settings.on_missing == "retry" else 0):
+            lacking = [i for i, own in enumerate(scores) if any(score.value is None for score in own)]
+            again = self._asked([groups[i] for i in lacking]) if lacking else []
+            for i, own in zip(lacking, again, strict=True):
+                scores[i] = own
+        return scores
+
+    def _asked(self, groups: List[Rollout]) -> list[list[Score]]:
+        found = self.score(groups)
+        if list(map(len, found)) != [len(group.completions) for group in groups]:
+            raise ServiceError("the reward gave another number of scores than there were replies", where="reward")
+        return [[_finite(score) for score in own] for own in found]
+
+    # --- what becomes of missing scores -----------------------------------------------------------------------------
+
+    def _usable(self, group: Rollout, scores: List[Score]) -> Rollout | None:
+        """The group with its scores, without what could not be scored; None when it cannot be used."""
+        missing = [k for k, score in enumerate(scores) if score.value is None]
+        if missing and self.settings.on_missing in ("abort", "retry"):
+            raise self._unscored(group, missing[0], scores[missing[0]])
+        whole = group.scored([score.value for score in scores])
+        compared = any(group.roles[k] != Role.SAMPLE for k in missing)
+        if missing and (compared or self.settings.on_missing == "drop_group"):
+            return None
+        kept = whole.select([k for k in range(len(scores)) if k not in missing])
+        return kept if kept.completions else None
+
+    def _unscored(self, group: Rollout, k: int, score: Score) -> ServiceError:
+        asked = f" {self.settings.retries + 1} times" if self.settings.on_missing == "retry" else ""
+        return ServiceError(
+            f"reply {k + 1} of {len(group.completions)} could not be scored{asked}: {score.reason}",
+            where=f"row {group.index}",
+            fix="Mend the reward, or set rollout.on_missing to retry, drop_sample or drop_group.",
+        )
+
+
+def _group(row: Row, replies: List[Completion], roles: tuple[Role, ...]) -> Rollout:
+    shared: dict[str, Any] = {"prompt": row.prompt, "index": row.index, "weight": row.weight, "extra": row.extra}
+    return Rollout(**shared, completions=tuple(replies), roles=roles)
+
+
+def _finite(score: Score) -> Score:
+    if score.value is None or math.isfinite(score.value):
+        return score
+    return Score(None, f"the score is {score.value}", score.parts)
+
+
+def _tokens(group: Rollout) -> int:
+    return sum(len(c.ids or ()) for c in group.completions)
+
+
+def _metrics(scored: List[Scored], refused: int) -> dict[str, float]:
+    """What was drawn, whether or not it is kept."""
+    pairs = [(c, score) for group, scores in scored for c, score in zip(group.completions, scores, strict=True)]
+    found = {"reward/missing": float(sum(score.value is None for _, score in pairs)), "groups/refused": float(refused)}
+    if pairs:
+        found["completion/tokens"] = fmean(len(c.ids or ()) for c, _ in pairs)
+        found["completion/finished"] = fmean(c.finished for c, _ in pairs)
+    values = [score.value for _, score in pairs if score.value is not None]
+    if values:
+        found["reward/mean"] = fmean(values)
+    return found | {f"reward/{name}": fmean(x) for name, x in _parts(score for _, score in pairs).items()}
+
+
+def _parts(scores: Iterator[Score]) -> dict[str, list[float]]:
+    parts: dict[str, list[float]] = {}
+    for score in scores:
+        for name, x in score.parts.items():
+            parts.setdefault(name, []).append(x)
+    return dict(sorted(parts.items()))

@@ -1,0 +1,252 @@
+"""Runs that sample while they train: what is drawn, scored, kept, written, and done again after a resume."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import ClassVar
+
+import pyarrow.parquet
+import pytest
+import torch
+
+from prefopt.api import Completion, Draw, Loss, Needs, RewardSource, Role, RolloutAlgorithm, Score
+from prefopt.errors import ConfigError, ServiceError
+from prefopt.plugins import Plugins, load
+from prefopt.session import Result, Session, train
+from prefopt.testing.tiny import tiny_config
+
+
+class Reinforce(RolloutAlgorithm):
+    """The policy gradient with the group's mean as baseline."""
+
+    name = "toy_reinforce"
+    n: int = 4
+    reference: bool = False
+    seen: ClassVar[list] = []
+    kept: ClassVar[list] = []
+
+    def needs(self):
+        before = {"reference_logps"} if self.reference else set()
+        before |= set() if self.on_policy else {"old_logps"}
+        return Needs(draws=(Draw(self.n),), rows={"score"}, before=before, during={"logps"})
+
+    def prepare(self, batch, ctx):
+        grouped = batch.by_group(batch.score)
+        mean = grouped.mean(1)[torch.unique(batch.group, return_inverse=True)[1]]
+        return batch.with_columns(advantages=batch.score - mean)
+
+    def loss(self, batch, policy):
+        old = policy.logps.detach() if self.on_policy else batch.old_logps
+        ratio = torch.exp(policy.logps - old) * batch.mask
+        self.seen.append((ratio.detach() - 1)[batch.mask].abs().max().item())
+        loss = -batch.mean(batch.advantages * batch.mean_tokens(ratio), "sequences")
+        return Loss(loss, {"advantage/size": batch.mean(batch.advantages.abs(), "sequences")})
+
+    def idle(self, batch):
+        return batch.advantages == 0
+
+
+class Picky(Reinforce):
+    """Keeps the groups that `kept` says."""
+
+    name = "toy_picky"
+
+    def keep(self, group):
+        self.kept.append(group.index)
+        return len(self.kept) > 3
+
+
+class Greedy(Reinforce):
+    """Its baseline is the score of a greedy reply; a reference reply is drawn too."""
+
+    name = "toy_greedy"
+
+    def needs(self):
+        return Needs(
+            draws=(Draw(2), Draw(1, greedy=True, role=Role.OPPONENT), Draw(1, source="reference", role=Role.OPPONENT)),
+            rows={"score"},
+        )
+
+    def arrange(self, rows):
+        self.kept.extend(rows)
+        found = super().arrange(rows)
+        return [s for s in found if s.role == Role.SAMPLE]
+
+
+class Digits(RewardSource):
+    """The share of the letter `1`; rows in `broken` cannot be scored, and every call is counted."""
+
+    name = "toy_digits"
+    broken: tuple[int, ...] = ()
+    nan: bool = False
+    calls: ClassVar[list] = []
+
+    def score(self, groups):
+        self.calls.append(len(groups))
+        return [[self._one(group.index, k, c) for k, c in enumerate(group.completions)] for group in groups]
+
+    def _one(self, row: int, k: int, completion: Completion) -> Score:
+        if row in self.broken and k == 1:
+            return Score(math.nan) if self.nan else Score(None, "the scale is broken")
+        share = completion.text.count("1") / max(len(completion.text), 1)
+        return Score(share, parts={"ones": share})
+
+
+@pytest.fixture
+def found() -> Plugins:
+    plugins = load()
+    plugins.manager.unregister(name="prefopt:progress")
+    for component in (Reinforce, Picky, Greedy, Digits):
+        plugins.registry.add(component, "test", "0")
+    for log in (Reinforce.seen, Reinforce.kept, Digits.calls):
+        log.clear()
+    return plugins
+
+
+SECTIONS = {
+    "algorithm": {"name": "toy_reinforce"},
+    "reward": {"name": "toy_digits"},
+    "sampler": {"name": "plain", "max_new_tokens": 6},
+    "optim": {"lr": 2e-2, "batch_size": 8, "schedule": "constant", "warmup": 0.0},
+    "run": {"steps": 4},
+}
+
+
+def run(model: Path, folder: Path, found: Plugins, resume: bool = False, **sections) -> Result:
+    return train(tiny_config(model, folder, {**SECTIONS, **sections}, found), found, resume=resume)
+
+
+def metrics(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_the_reward_rises_and_everything_drawn_is_kept_as_a_table(tiny_model, tmp_path, found):
+    result = run(tiny_model, tmp_path / "run", found, run={"steps": 12}, eval={"every": 6, "samples": 4, "rows": 4})
+    lines = metrics(result.folder)
+    rewards = [m["reward/mean"] for m in lines if "reward/mean" in m]
+    assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.2
+    assert all(m["reward/ones"] == m["reward/mean"] for m in lines if "reward/ones" in m)
+    assert max(m["sampler/gap"] for m in lines if "sampler/gap" in m) < 1e-5
+    assert {"eval/reward/mean", "eval/kl/sequence"} <= lines[-1].keys()
+    table = pyarrow.parquet.read_table(result.folder / "rollouts.parquet").to_pylist()
+    assert len(table) == 4 * 23 * 4  # epochs, rows that are not held out, replies
+    assert table[0].keys() == {
+        "step", "row", "prompt", "completion", "role", "source", "score", "finished", "ids", "logps",
+    }  # fmt: skip
+    assert result.budget["sampled"] == sum(len(row["ids"]) for row in table)
+    first = [row["score"] for row in table if row["step"] == 0]
+    assert sum(first) / len(first) == pytest.approx(rewards[0])
+    assert not (result.folder / "journal").exists()
+
+
+def test_the_first_minibatch_has_ratio_one_and_later_ones_do_not(tiny_model, tmp_path, found):
+    algorithm = {"name": "toy_reinforce", "inner_epochs": 2, "minibatches": 2}
+    result = run(tiny_model, tmp_path / "run", found, algorithm=algorithm, run={"steps": 1})
+    assert json.loads((result.folder / "result.json").read_text())["updates"] == 4
+    assert Reinforce.seen[0] < 1e-6
+    assert min(Reinforce.seen[-2:]) > 1e-4
+
+
+def _stopping_after(step: int) -> Callable[..., None]:
+    def notify(self: Session, hook: str, **arguments: object) -> None:
+        if arguments.get("step") == step:
+            raise KeyboardInterrupt
+
+    return notify
+
+
+def test_a_run_stopped_between_steps_goes_on_to_the_same_bytes(tiny_model, tmp_path, found, monkeypatch):
+    sections = {"algorithm": {"name": "toy_reinforce", "minibatches": 2, "reference": True}}
+    checkpoint = {"steps": 5, "checkpoint": {"every": 2}}
+    whole = run(tiny_model, tmp_path / "whole", found, run=checkpoint, **sections)
+
+    monkeypatch.setattr(Session, "_notify", _stopping_after(3))
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny_model, tmp_path / "part", found, run=checkpoint, **sections)
+    monkeypatch.undo()
+    assert len(list((tmp_path / "part/journal").glob("*.json"))) == 3  # two steps are in a checkpoint, one is not
+    Digits.calls.clear()
+    part = run(tiny_model, tmp_path / "part", found, resume=True, run=checkpoint, **sections)
+    assert len(Digits.calls) == 2  # the third step's scores come from the journal
+    for name in ("metrics.jsonl", "model/model.safetensors", "rollouts.parquet"):
+        assert (part.folder / name).read_bytes() == (whole.folder / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("nan", [False, True])
+def test_a_missing_score_ends_the_run_and_names_row_and_reply(tiny_model, tmp_path, found, nan):
+    reward = {"name": "toy_digits", "broken": [5], "nan": nan}
+    with pytest.raises(ServiceError, match=r"row 5: reply 2 of 4 could not be scored: (the scale is broken|.* nan)"):
+        run(tiny_model, tmp_path / "run", found, reward=reward)
+
+
+@pytest.mark.parametrize(("policy", "left"), [("drop_sample", 24 * 4 - 2), ("drop_group", 24 * 4 - 8)])
+def test_what_could_not_be_scored_is_left_out_and_counted(tiny_model, tmp_path, found, policy, left):
+    sections = {"reward": {"name": "toy_digits", "broken": [5, 9]}, "rollout": {"on_missing": policy}}
+    result = run(tiny_model, tmp_path / "run", found, run={"steps": 3}, **sections)
+    assert sum(m["reward/missing"] for m in metrics(result.folder)) == 2
+    table = pyarrow.parquet.read_table(result.folder / "rollouts.parquet").to_pylist()
+    assert len(table) == left
+    assert all(row["score"] is not None for row in table)
+
+
+def test_asking_again_is_counted_and_then_ends_the_run(tiny_model, tmp_path, found):
+    sections = {"reward": {"name": "toy_digits", "broken": [5]}, "rollout": {"on_missing": "retry", "retries": 2}}
+    with pytest.raises(ServiceError, match="could not be scored 3 times"):
+        run(tiny_model, tmp_path / "run", found, run={"steps": 3}, **sections)
+    assert Digits.calls[-3:] == [8, 1, 1]  # the whole step, then the group alone
+
+
+def test_groups_that_are_not_kept_are_replaced_by_other_prompts(tiny_model, tmp_path, found):
+    algorithm = {"name": "toy_picky"}
+    result = run(tiny_model, tmp_path / "run", found, algorithm=algorithm, run={"steps": 1})
+    (line,) = metrics(result.folder)
+    assert line["groups/refused"] == 3
+    assert len(Reinforce.kept) == 11
+    assert len(set(Reinforce.kept)) == 11  # no prompt twice
+    table = pyarrow.parquet.read_table(result.folder / "rollouts.parquet").to_pylist()
+    assert len({row["row"] for row in table}) == 8
+    assert result.budget["sampled"] > sum(len(row["ids"]) for row in table)  # what was not kept was drawn too
+
+
+def test_greedy_and_reference_draws_come_with_their_roles(tiny_model, tmp_path, found):
+    run(tiny_model, tmp_path / "run", found, algorithm={"name": "toy_greedy"}, run={"steps": 1})
+    for group in Reinforce.kept:
+        assert [c.source for c in group.completions] == ["policy", "policy", "policy", "reference"]
+        assert len(group.of(Role.OPPONENT)) == 2
+    by_prompt = {}
+    for group in Reinforce.kept:
+        by_prompt.setdefault(group.prompt, set()).add(group.of(Role.OPPONENT)[0].text)
+    assert all(len(texts) == 1 for texts in by_prompt.values())  # the same prompt, the same greedy reply
+
+
+def test_a_paired_method_runs_on_pairs_of_its_own_samples(tiny_model, tmp_path, found):
+    sections = {"algorithm": {"name": "dpo", "beta": 0.1}, "rollout": {"n": 6}}
+    result = run(tiny_model, tmp_path / "run", found, run={"steps": 10}, **sections)
+    rewards = [m["reward/mean"] for m in metrics(result.folder)]
+    assert sum(rewards[-2:]) / 2 > sum(rewards[:2]) / 2 + 0.05
+    assert metrics(result.folder)[0]["loss/total"] == pytest.approx(math.log(2), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"reward": None}, "reward: algorithm `toy_reinforce` learns from scored replies, and nothing scores them"),
+        ({"algorithm": {"name": "dpo"}}, "reward: algorithm `dpo` learns from rows: no reply is scored"),
+        ({"rollout": {"n": 3}}, "rollout.n: algorithm `toy_reinforce` says itself how many replies it draws"),
+        ({"sampler": {"name": "plain", "greedy": True}}, "sampler: with these settings replies come from another"),
+        (
+            {"reference": {"mode": "cached"}, "algorithm": {"name": "toy_reinforce", "reference": True}},
+            "reference: what is drawn while training cannot be scored before",
+        ),
+        ({"critic": {"path": "MODEL"}}, "critic: algorithm `toy_reinforce` uses no values"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_anything_is_loaded(tiny_model, tmp_path, found, sections, message):
+    if "critic" in sections:
+        sections = {"critic": {"path": str(tiny_model)}}
+    with pytest.raises(ConfigError, match=message):
+        run(tiny_model, tmp_path / "run", found, **sections)
+    assert not (tmp_path / "run").exists()
