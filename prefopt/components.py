@@ -207,6 +207,7 @@ class RolloutAlgorithm(Algorithm):
     once; it is then passed over `inner_epochs` times in `minibatches`, each of them one update."""
 
     eats: ClassVar[type[Row]] = Rollout
+    act_elsewhere: ClassVar[frozenset[str]] = frozenset({"inner_epochs", "minibatches"})
 
     inner_epochs: PositiveInt = 1
     """Passes over the samples of a step."""

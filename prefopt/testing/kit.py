@@ -23,9 +23,10 @@ from prefopt.batch import CONSTANT, Loss, Policy
 from prefopt.components import Algorithm
 from prefopt.errors import MissingColumn, PrefoptError
 from prefopt.maths.constants import holding
-from prefopt.rows import Comparison, Demonstration, Judgement, Ranking, Role
+from prefopt.rows import Comparison, Demonstration, Judgement, Ranking, Role, Rollout
 from prefopt.testing.engine import installed
 from prefopt.testing.failure import ConformanceFailure, require
+from prefopt.testing.rollouts import best_and_worst, in_a_later_pass
 from prefopt.testing.synthetic import Synthetic, context
 from prefopt.testing.through import engine_bfloat16, engine_fast_path, engine_microbatches, engine_ranks
 
@@ -217,6 +218,8 @@ def at_the_start(algorithm: Algorithm) -> None:
 def _sides(algorithm: Algorithm, made: Synthetic) -> dict[str, Tensor]:
     """The better and the worse sequences, by their names."""
     role = made.batch.role
+    if algorithm.eats is Rollout:
+        return best_and_worst(made)
     if algorithm.eats is Ranking:
         return {"best": made.batch.ranked(torch.arange(len(role)).double())[:, 0].long()}
     names = {
@@ -362,13 +365,15 @@ def _reads(run: Callable[[], object]) -> bool:
 
 
 def options(algorithm: Algorithm) -> None:
-    """Every setting changes loss or gradient of a fixed batch, or is refused: none is ignored."""
+    """Every setting changes what is drawn, or loss or gradient of a fixed batch, or is refused: none is ignored."""
+    algorithm = in_a_later_pass(algorithm)
     for name, field in type(algorithm).model_fields.items():
         if name in algorithm.act_elsewhere:
             continue
         others = list(_others(algorithm, name, field))
         if others:
-            changed = any(_differ(algorithm, other) for other in others)
+            drawn = any(other.needs().draws != algorithm.needs().draws for other in others)
+            changed = drawn or any(_differ(algorithm, other) for other in others)
             require(changed, f"the setting `{name}` changes nothing; if it acts in `accept`, name it in act_elsewhere")
 
 
@@ -403,9 +408,7 @@ def _values(value: Any, annotation: Any) -> Iterator[Any]:
 
 
 def _differ(one: Algorithm, other: Algorithm) -> bool:
-    (loss, slopes), (another, turned) = (
-        _defaults(type(a)) if a == _default(type(a)) else _third_step(a) for a in (one, other)
-    )
+    (loss, slopes), (another, turned) = (_kept(type(a), a.model_dump_json()) for a in (one, other))
     if abs(float((loss - another).detach())) > EXACT or slopes.keys() != turned.keys():
         return True
     return not all(x.shape == turned[n].shape and torch.allclose(x, turned[n], rtol=EXACT) for n, x in slopes.items())
@@ -429,8 +432,8 @@ def _default(cls: type[Algorithm]) -> Algorithm | None:
 
 
 @cache
-def _defaults(cls: type[Algorithm]) -> tuple[Tensor, dict[str, Tensor]]:
-    return _third_step(cls())
+def _kept(cls: type[Algorithm], settings: str) -> tuple[Tensor, dict[str, Tensor]]:
+    return _third_step(cls.model_validate_json(settings, strict=True))
 
 
 def distinct(algorithm: Algorithm) -> None:
@@ -444,7 +447,8 @@ def distinct(algorithm: Algorithm) -> None:
             default = _default(other)
             if default is None or _failure("written", default):  # whatever is wrong there is no fault of this one
                 continue
-            require(_differ(algorithm, default), f"it is `{other.name}` of {entry.distribution} under another name")
+            differ = _differ(in_a_later_pass(algorithm), in_a_later_pass(default))
+            require(differ, f"it is `{other.name}` of {entry.distribution} under another name")
 
 
 def state(algorithm: Algorithm) -> None:

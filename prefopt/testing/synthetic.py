@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable
+from collections.abc import Sequence as List
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from prefopt.batch import Batch, StepContext
+from prefopt.batch import Batch, Draw, StepContext
 from prefopt.components import Algorithm
 from prefopt.rows import Comparison, Completion, Demonstration, Judgement, Prompt, Ranking, Role, Rollout, Row, Sequence
+from prefopt.testing.rollouts import rollout
 
 GROUPS, LONGEST = 6, 7
 WEIGHTS = (1.0, 0.5, 2.0)
@@ -50,9 +52,9 @@ class Synthetic:
         and no score has been learned.
         """
         generator = torch.Generator().manual_seed(seed)
-        rows = [_row(algorithm.eats, i, generator, longest) for i in range(groups)]
-        sequences = algorithm.arrange(rows)
         needs = algorithm.needs()
+        rows = [_row(algorithm.eats, i, generator, longest, needs.draws) for i in range(groups)]
+        sequences = algorithm.arrange(rows)
         fields = {name: torch.tensor([_field(s, name) for s in sequences]).double() for name in sorted(needs.rows)}
         batch = Batch.build(
             [_tokens(s.completion) for s in sequences],
@@ -105,7 +107,7 @@ def _tokens(completion: Completion) -> tuple[int, ...]:
     return completion.ids if completion.ids is not None else tuple(map(len, completion.text.split()))
 
 
-def _row(kind: type[Row], index: int, generator: torch.Generator, longest: int) -> Row:
+def _row(kind: type[Row], index: int, generator: torch.Generator, longest: int, draws: List[Draw]) -> Row:
     """A row whose completions hold random ids and are of random length."""
 
     def completion(score: float = 0.0) -> Completion:
@@ -130,7 +132,7 @@ def _row(kind: type[Row], index: int, generator: torch.Generator, longest: int) 
         ),
         Ranking: lambda: ranking(((1, 0, 2), (0, 1), (1, 1, 0))[index % 3]),
         Judgement: lambda: Judgement(**shared, completion=completion(), desirable=index % 2 == 0),
-        Rollout: lambda: Rollout(**shared, completions=(completion(), completion(), completion())),
+        Rollout: lambda: rollout(draws, completion, **shared),
     }
     return make[kind]()
 
