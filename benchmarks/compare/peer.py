@@ -120,6 +120,8 @@ def trainer(workload: Path, method: str, steps: int, micro: int, best: bool, cal
         common |= {"beta": 0.1}
     data = rows(workload, method, BATCH * steps)
     reader = AutoTokenizer.from_pretrained(path)
+    if method == "orpo":
+        reader.bos_token = None  # put before every prompt otherwise, which no other method here does
     return make(model, args=config(**common), train_dataset=data, processing_class=reader, callbacks=[callback])
 
 
