@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -71,6 +72,7 @@ def _errors(
     for where, path in paths.items():
         if path is not None and path not in promised:
             yield from _caught(partial(_check_model, path, where, registry, beside))
+    yield from _caught(partial(_check_lora, config))
     yield from _caught(partial(_check_algorithm, config))
     yield from _caught(partial(_check_sampling, config))
     yield from _caught(partial(_check_critic, config))
@@ -109,6 +111,20 @@ def _check_model(path: str, where: str, registry: Registry, beside: Path | None)
         others = ", ".join(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".pkl"))
         fix = f"Convert {others} to safetensors: prefopt never loads pickled weights." if others else ""
         raise ConfigError(f"`{path}` has no safetensors weights", where=where, fix=fix)
+
+
+def _check_lora(config: RunConfig) -> None:
+    if config.model.lora is None:
+        return
+    if find_spec("peft") is None:
+        fix = "pip install 'prefopt[lora]'"
+        raise ConfigError("adapters need peft, which is not installed", where="model.lora", fix=fix)
+    if config.reference is not None and config.reference.every is not None:
+        raise ConfigError(
+            "a moving reference mixes weights, and adapters are products of two: their mix is none",
+            where="reference.every",
+            fix="Leave out reference.every and reference.mix, or model.lora.",
+        )
 
 
 def _maker(model: Path, beside: Path | None) -> str:

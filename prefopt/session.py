@@ -49,7 +49,7 @@ from prefopt.engine.rollout import draw
 from prefopt.engine.services import EngineServices, RewardModel
 from prefopt.engine.stops import stop_requests
 from prefopt.engine.store import Store
-from prefopt.errors import ConfigError, DataError, Preempted, redact
+from prefopt.errors import DataError, Preempted, redact
 from prefopt.hookspecs import RunInfo
 from prefopt.plugins import Plugins
 from prefopt.preflight import check, world_recipe
@@ -241,12 +241,6 @@ class Session:
             name = f"reference-{self.ranks.rank}.sqlite" if self.ranks.world > 1 else "reference.sqlite"
             source = self._initial() if settings.path is not None else scorer
             return Cached(Resident(source, device, budget, dtype), Store(kept / name))
-        if self.model.lora is not None and settings.every is not None:
-            raise ConfigError(
-                "a moving reference mixes weights, and adapters are products of two: their mix is none",
-                where="reference.every",
-                fix="Leave out reference.every and reference.mix, or model.lora.",
-            )
         new = self.model.lora is not None and self.model.lora.path is None
         if new and settings.every is None and not live and settings.path is None:
             return AdapterOff(scorer, device, budget, dtype, self._temperature)

@@ -52,6 +52,18 @@ def test_model_folders(found, tiny_model, tmp_path):
     check(config(found, tiny_model, tmp_path, model={"path": "./made/later"}), found.registry, {"./made/later"})
 
 
+def test_adapters_need_peft_and_a_reference_that_stays(found, tiny_model, tmp_path, monkeypatch):
+    model = {"path": str(tiny_model), "lora": {"rank": 2}}
+    moving = {"every": 2, "mix": 0.5}
+    run = config(found, tiny_model, tmp_path, model=model, algorithm={"name": "dpo"}, reference=moving)
+    with pytest.raises(ConfigError, match="a moving reference mixes weights") as caught:
+        check(run, found.registry)
+    assert caught.value.problems[0].where == "reference.every"
+    monkeypatch.setattr("prefopt.preflight.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="adapters need peft, which is not installed"):
+        check(run, found.registry)
+
+
 def test_a_reference_that_nothing_uses_is_refused(found, tiny_model, tmp_path):
     run = config(found, tiny_model, tmp_path, reference={"mode": "resident"})
     with pytest.raises(ConfigError, match="algorithm `sft` uses no reference"):

@@ -32,10 +32,10 @@ def attach(network: nn.Module, config: LoraConfig, seed: int, whole: tuple[str, 
     """Freezes the network and puts adapters into it, new ones or those at `config.path`. The modules named in `whole`
     are trained as they are.
 
-    A new adapter changes nothing: its second matrix is 0. Raises `ConfigError` where peft is missing or an adapter does
-    not fit.
+    A new adapter changes nothing: its second matrix is 0. Raises `ConfigError` where an adapter does not fit.
     """
-    peft = _peft()
+    import peft
+
     settings = _settings(config, peft, "SEQ_CLS" if whole else "CAUSAL_LM")
     with torch.random.fork_rng(devices=[]), _explained(config):
         torch.manual_seed(derive(seed, "lora"))
@@ -51,15 +51,6 @@ def attach(network: nn.Module, config: LoraConfig, seed: int, whole: tuple[str, 
 def adapted(network: nn.Module) -> bool:
     """Whether there are adapters in it."""
     return hasattr(network, "lora")
-
-
-def _peft() -> Any:
-    try:
-        import peft
-    except ImportError:
-        fix = "pip install 'prefopt[lora]'"
-        raise ConfigError("adapters need peft, which is not installed", where="model.lora", fix=fix) from None
-    return peft
 
 
 def _settings(config: LoraConfig, peft: Any, task: str) -> Any:
