@@ -11,27 +11,11 @@ from pathlib import Path
 from shutil import rmtree
 from typing import Any, Final
 
-import pyarrow
-from pyarrow.parquet import ParquetWriter
-
+from prefopt.data.table import write_rollouts
 from prefopt.engine.folder import write_text
 from prefopt.rows import Completion, Role, Rollout, Row, show_text
 
 TABLE: Final = "rollouts.parquet"
-SCHEMA: Final = pyarrow.schema(
-    {
-        "step": pyarrow.int64(),
-        "row": pyarrow.int64(),
-        "prompt": pyarrow.string(),
-        "completion": pyarrow.string(),
-        "role": pyarrow.string(),
-        "source": pyarrow.string(),
-        "score": pyarrow.float64(),
-        "finished": pyarrow.bool_(),
-        "ids": pyarrow.list_(pyarrow.int64()),
-        "logps": pyarrow.list_(pyarrow.float64()),
-    }
-)
 
 
 @dataclass(frozen=True)
@@ -73,12 +57,8 @@ class Journal:
     def close(self, table: Path) -> None:
         """Writes the whole journal as one table, a row for each completion, and removes the files."""
         if self.active and self.folder.exists():
-            partial = table.with_name(f".{table.name}.tmp")
-            with ParquetWriter(partial, SCHEMA) as writer:
-                for path in sorted(self.folder.glob("*.json")):
-                    lines = list(_lines(int(path.stem), json.loads(path.read_text("utf-8"))))
-                    writer.write_table(pyarrow.Table.from_pylist(lines, SCHEMA))
-            partial.replace(table)
+            files = sorted(self.folder.glob("*.json"))
+            write_rollouts(table, (_lines(int(path.stem), json.loads(path.read_text("utf-8"))) for path in files))
             rmtree(self.folder)
 
     def _file(self, step: int) -> Path:
