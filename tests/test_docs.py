@@ -14,7 +14,7 @@ import pytest
 
 from prefopt.bench.plan import make_plan
 from prefopt.components import Algorithm
-from prefopt.config import run_from
+from prefopt.config import run_from, stages_of
 from prefopt.config.load import validated
 from prefopt.config.models import SuiteConfig
 from prefopt.config.yaml import parse
@@ -79,6 +79,8 @@ def test_configurations_are_valid(page, plugins, tmp_path):
         if "methods" in document.data:
             suite = validated(SuiteConfig, document, plugins.find)
             assert make_plan(suite, document, tmp_path, plugins.find).cells
+        elif "stages" in document.data:
+            assert stages_of(document, plugins.find)
         elif "prefopt" in document.data:
             run_from(document, plugins.find)
         else:  # a part of a run

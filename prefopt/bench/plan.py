@@ -6,7 +6,7 @@ on: code, versions, data files, models. Equal runs are trained once; a change in
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
 from itertools import product
@@ -15,10 +15,9 @@ from typing import Any
 
 from prefopt.bench.content import Find, dependencies, key_of, plain
 from prefopt.config import Document, RunConfig, SuiteConfig, run_from
-from prefopt.config.yaml import Keys
+from prefopt.config.stages import STAGE, no_stage, path_to, referred, replaced
 from prefopt.errors import ConfigError
 
-STAGE = "stage:"
 EXTRAS = ("label", "stage", "best_of")
 """Keys of a method that are not sections of a run."""
 OWN = ("prefopt", "plugins", "run.seed", "run.dir")
@@ -188,12 +187,12 @@ class _Builder:
         config = run_from(run, self.find)
         data = plain(config)
         needs = tuple(
-            self._stage(name, stages, run.where(_path_to(f"{STAGE}{name}", run.data))).key for name in _stages_in(data)
+            self._stage(name, stages, run.where(path_to(f"{STAGE}{name}", run.data))).key for name in referred(data)
         )
-        named = {f"{STAGE}{name}": key for name, key in zip(_stages_in(data), needs, strict=True)}
+        named = {f"{STAGE}{name}": key for name, key in zip(referred(data), needs, strict=True)}
         del data["run"]["dir"]
-        key = key_of({"config": _replaced(data, named), "depends": dependencies(config, self.find)})
-        data = _replaced(data, {old: str(model_folder(self.out, k)) for old, k in named.items()})
+        key = key_of({"config": replaced(data, named), "depends": dependencies(config, self.find)})
+        data = replaced(data, {old: str(model_folder(self.out, k)) for old, k in named.items()})
         data["run"]["dir"] = str(run_folder(self.out, key))
         job = Job(key, title, run_from(Document(data), self.find), tuple(dict.fromkeys(needs)))
         return self.plan.jobs.setdefault(key, job)
@@ -201,8 +200,7 @@ class _Builder:
     @staticmethod
     def _stage(name: str, stages: Mapping[str, Job], where: str) -> Job:
         if name not in stages:
-            known = ", ".join(stages) or "none yet"
-            raise ConfigError(f"there is no stage `{name}` before this run", where=where, fix=f"Stages: {known}.")
+            raise no_stage(name, stages, where)
         return stages[name]
 
 
@@ -219,30 +217,3 @@ def run_folder(out: Path, key: str) -> Path:
 def model_folder(out: Path, key: str) -> Path:
     """Where its model is."""
     return run_folder(out, key) / "model"
-
-
-def _stages_in(node: Any) -> list[str]:
-    """Names of the stages that a configuration refers to, in order, once each."""
-    if isinstance(node, str):
-        return [node.removeprefix(STAGE)] if node.startswith(STAGE) else []
-    parts: Sequence[Any] = list(node.values()) if isinstance(node, dict) else node if isinstance(node, list) else []
-    return list(dict.fromkeys(name for part in parts for name in _stages_in(part)))
-
-
-def _path_to(text: str, node: Any) -> Keys:
-    """Where `text` stands in plain data."""
-    items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
-    for key, value in items:
-        if value == text:
-            return (key,)
-        if path := _path_to(text, value):
-            return (key, *path)
-    return ()
-
-
-def _replaced(node: Any, names: Mapping[str, str]) -> Any:
-    if isinstance(node, dict):
-        return {key: _replaced(value, names) for key, value in node.items()}
-    if isinstance(node, list):
-        return [_replaced(item, names) for item in node]
-    return names.get(node, node) if isinstance(node, str) else node

@@ -16,7 +16,7 @@ from prefopt import __version__
 from prefopt.errors import EXIT_CODES, DataError, PrefoptError
 
 if TYPE_CHECKING:
-    from prefopt.config import Document, RunConfig
+    from prefopt.config import Document, RunConfig, Stage
     from prefopt.plugins import Plugins
 
 MORE = ("validate", "resume", "explain", "data", "schema")
@@ -100,6 +100,20 @@ def _read(path: Path, overrides: list[str] | None, look: bool = True) -> tuple[R
     return config, found, document
 
 
+def _pipeline(path: Path, overrides: list[str] | None) -> tuple[list[Stage], Plugins] | None:
+    """The stages of a pipeline, checked, and the plugins they may use; None for the configuration of one run."""
+    from prefopt.config import allowed_in, holds_stages, read_document
+
+    document = read_document(path, overrides or ())
+    if not holds_stages(document):
+        return None
+    from prefopt.pipeline import checked
+    from prefopt.plugins import load
+
+    found = load(allowed_in(document))
+    return checked(document, found, path.parent), found
+
+
 @contextmanager
 def _located(document: Document) -> Iterator[None]:
     """Gives problems met while running the places of the keys they name."""
@@ -132,7 +146,13 @@ def init(
 
 @app.command()
 def train(config: ConfigFile, overrides: Overrides = None) -> None:
-    """Train a model as a configuration says."""
+    """Train a model as a configuration says, or the models of its stages one after another."""
+    if staged := _pipeline(config, overrides):
+        from prefopt.pipeline import run_stages
+
+        for line in run_stages(*staged, warn=_warn):
+            typer.echo(line)
+        return
     run, found, document = _read(config, overrides)
     from prefopt.session import train as start
 
@@ -208,9 +228,13 @@ def plugins_new(
 @app.command()
 def validate(config: ConfigFile, overrides: Overrides = None) -> None:
     """Check a configuration, the first rows of its data, and its plugins; nothing is trained or written."""
-    run, found, _ = _read(config, overrides)
     from prefopt.preflight import describe, verdicts
 
+    if staged := _pipeline(config, overrides):
+        for stage in staged[0]:
+            typer.echo(f"valid: stage {stage.name}: {describe(stage.config, staged[1].registry)}")
+        return
+    run, found, _ = _read(config, overrides)
     typer.echo(f"valid: {describe(run, found.registry)}")
     for line in verdicts(run):
         typer.echo(line)

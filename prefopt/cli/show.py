@@ -20,6 +20,9 @@ def first_batch(config: RunConfig, plugins: Plugins, shown: int = 4) -> Iterator
     """Lines about the first step: its size, then its first groups with roles, tokens and masks."""
     tokenizer, positions = reader(config.model, world_recipe(config.model.path, plugins.find))
     inputs = Inputs.of(config, tokenizer, positions, EngineServices(config.run.seed))
+    if config.draws:
+        yield from _prompts(config, inputs, tokenizer, shown)
+        return
     built = inputs.assembler(inputs.order.step(0))
     if built is None:
         raise DataError("nothing is left of the first step's rows", where="data")
@@ -34,6 +37,19 @@ def first_batch(config: RunConfig, plugins: Plugins, shown: int = 4) -> Iterator
             yield from _sequence(tokenizer, group, Role(int(built.batch.role[i])), tokens)
     if len(groups) > shown:
         yield f"\n... and {len(groups) - shown} more groups"
+
+
+def _prompts(config: RunConfig, inputs: Inputs, tokenizer: Tokenizer, shown: int) -> Iterator[str]:
+    """What replies are drawn for. The replies are the run's own: `rollouts.parquet` keeps them."""
+    index = inputs.order.step(0)
+    replies = ", ".join(f"{draw.n} of the {draw.source}{', greedy' * draw.greedy}" for draw in config.draws)
+    yield f"{config.algorithm.name}, step 1 of {inputs.total}: {len(index)} prompts; replies for each: {replies}"
+    yield from inputs.verdicts()
+    for i in index[:shown]:
+        ids = inputs.assembler.renderer.opening(inputs.assembler.rows[i].prompt)
+        yield f"[{tokenizer.decode(list(ids))}]" if ids is not None else f"row {i} is too long and left out"
+    if len(index) > shown:
+        yield f"\n... and {len(index) - shown} more prompts"
 
 
 def _sequence(tokenizer: Tokenizer, group: int, role: Role, tokens: Tokens) -> Iterator[str]:

@@ -25,6 +25,7 @@ from prefopt.config.models import (
     RunSection,
     SuiteConfig,
 )
+from prefopt.config.stages import Stage, holds_stages, stages_of
 from prefopt.config.yaml import Document, dump
 
 __all__ = [
@@ -38,11 +39,13 @@ __all__ = [
     "ReferenceConfig",
     "RunConfig",
     "RunSection",
+    "Stage",
     "SuiteConfig",
     "allowed_in",
     "allowed_plugins",
     "anchored",
     "dump",
+    "holds_stages",
     "load_run",
     "load_suite",
     "located",
@@ -51,4 +54,5 @@ __all__ = [
     "resolved",
     "run_from",
     "schema",
+    "stages_of",
 ]

@@ -1,0 +1,56 @@
+"""Runs the stages of a pipeline one after another. What is finished is kept; what was interrupted goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from prefopt.config import Document, anchored, dump, read_document, resolved
+from prefopt.config.stages import Stage, stages_of
+from prefopt.config.yaml import parse
+from prefopt.errors import ConfigError, redact
+from prefopt.plugins import Plugins
+from prefopt.preflight import check
+from prefopt.session import train
+
+
+def checked(document: Document, plugins: Plugins, beside: Path | None = None) -> list[Stage]:
+    """The stages, all of them checked before any is run."""
+    stages = stages_of(document, plugins.find)
+    for i, stage in enumerate(stages):
+        promised = [earlier.model for earlier in stages[:i]]
+        check(stage.config, plugins.registry, promised, stage.document.where, beside)
+        if _folder(stage).exists():
+            _refuse_other(stage, _folder(stage))
+    return stages
+
+
+def run_stages(stages: list[Stage], plugins: Plugins, warn: Callable[[str], None] = print) -> Iterator[str]:
+    """Runs what is not finished; a line for each stage when it is."""
+    for stage in stages:
+        folder = _folder(stage)
+        if (folder / "result.json").exists():
+            yield f"{stage.name}: finished before: {stage.model}"
+            continue
+        result = train(stage.config, plugins, resume=(folder / "run.json").exists(), warn=warn)
+        yield f"{stage.name}: {result.outcome}: {result.model}"
+
+
+def _folder(stage: Stage) -> Path:
+    return Path(stage.config.run.dir)
+
+
+def _refuse_other(stage: Stage, folder: Path) -> None:
+    """A stage that was begun goes on as it was begun. Raises `ConfigError` when its configuration has changed."""
+    kept = folder / "config.yaml"
+    if kept.exists() and read_document(kept).data != _written(stage):
+        raise ConfigError(
+            f"stage `{stage.name}` was begun with another configuration",
+            where=str(kept),
+            fix="Choose another run.dir, or delete the folder of this stage and of those that build on it.",
+        )
+
+
+def _written(stage: Stage) -> object:
+    """The stage's configuration as its run folder keeps it."""
+    return parse(dump(redact(resolved(anchored(stage.config)))), stage.name).data

@@ -1,0 +1,71 @@
+"""Stages one after another: what is finished is kept, what was interrupted goes on, what changed is refused."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from prefopt import pipeline
+from prefopt.config.yaml import parse
+from prefopt.errors import ConfigError
+from prefopt.pipeline import checked, run_stages
+from prefopt.session import Session
+from prefopt.testing.tiny import tiny_rows, write_rows
+
+
+@pytest.fixture
+def document(tiny_model, tmp_path):
+    rows = write_rows(tmp_path / "rows.jsonl", tiny_rows("comparison"))
+    text = f"""\
+prefopt: 1
+model: {{path: "{tiny_model}"}}
+data: {{source: jsonl, path: "{rows}"}}
+optim: {{lr: 0.01, batch_size: 8}}
+run: {{dir: "{tmp_path / "all"}", steps: 2, device: cpu, threads: 1, checkpoint: {{every: 1}}}}
+stages:
+  - {{name: sft, algorithm: {{name: sft}}}}
+  - {{name: reward, model: {{path: "stage:sft"}}, algorithm: {{name: reward_model}}}}
+  - {{name: dpo, model: {{path: "stage:sft"}}, algorithm: {{name: dpo}}, run: {{steps: 3}}}}
+"""
+    return parse(text, "all.yaml")
+
+
+def test_a_pipeline_goes_on_where_it_was_stopped_and_keeps_what_is_finished(document, plugins, tmp_path, monkeypatch):
+    before = Session._notify
+
+    def stop(self, hook, **arguments):
+        before(self, hook, **arguments)
+        if self.config.algorithm.name == "dpo" and arguments.get("step") == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Session, "_notify", stop)
+    lines = []
+    with pytest.raises(KeyboardInterrupt):
+        lines.extend(run_stages(checked(document, plugins), plugins))
+    monkeypatch.undo()
+    assert json.loads((tmp_path / "all/reward/result.json").read_text())["steps"] == 2
+    assert not (tmp_path / "all/dpo/result.json").exists()
+    lines = list(run_stages(checked(document, plugins), plugins))
+    folder = tmp_path / "all"
+    assert lines == [
+        f"sft: finished before: {folder}/sft/model",
+        f"reward: finished before: {folder}/reward/model",
+        f"dpo: finished: {folder}/dpo/model",
+    ]
+    steps = [json.loads(line)["step"] for line in (folder / "dpo/metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3]
+
+
+def test_a_stage_that_was_begun_is_not_run_with_other_settings(document, plugins, monkeypatch):
+    list(run_stages(checked(document, plugins)[:1], plugins))
+    document.data["stages"][0]["optim"] = {"lr": 0.5}
+    with pytest.raises(ConfigError, match="stage `sft` was begun with another configuration"):
+        checked(document, plugins)
+
+
+def test_every_stage_is_checked_before_any_is_run(document, plugins, monkeypatch):
+    monkeypatch.setattr(pipeline, "train", lambda *_, **__: pytest.fail("a stage was run"))
+    document.data["stages"][2]["reference"] = {"path": "nowhere/at/all"}
+    with pytest.raises(ConfigError, match="there is no folder `nowhere/at/all`"):
+        list(run_stages(checked(document, plugins), plugins))
