@@ -39,7 +39,8 @@ def in_a_later_pass(algorithm: Algorithm) -> Algorithm:
 
 
 def best_and_worst(made: Synthetic) -> dict[str, Tensor]:
-    """The places of each group's best and worst sample, by score; of chosen and rejected where there are such."""
+    """The places of the best and the worst sample, by score, of each group in which scores differ; of chosen and
+    rejected where there are such."""
     role = made.batch.role
     if bool((role == Role.CHOSEN).any()):
         return {r.name.lower(): (role == r).nonzero().squeeze(1) for r in (Role.CHOSEN, Role.REJECTED)}
@@ -47,6 +48,6 @@ def best_and_worst(made: Synthetic) -> dict[str, Tensor]:
         return {"best": torch.arange(len(role))}
     score, groups = made.batch.score, made.batch.group.tolist()
     members = [[i for i, g in enumerate(groups) if g == group] for group in sorted(set(groups))]
-    ends = [(max(own, key=score.__getitem__), min(own, key=score.__getitem__)) for own in members]
-    best, worst = zip(*ends, strict=True)
-    return {"best": torch.tensor(best), "worst": torch.tensor(worst)}
+    uneven = [own for own in members if len({float(score[i]) for i in own}) > 1]
+    ends = {"best": max, "worst": min}
+    return {name: torch.tensor([end(own, key=score.__getitem__) for own in uneven]) for name, end in ends.items()}
