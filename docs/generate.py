@@ -19,10 +19,10 @@ from pydantic import BaseModel
 from typer.testing import CliRunner
 
 from prefopt import api, hookspecs
-from prefopt.batch import COLUMNS, CONSTANT, OUTPUTS
+from prefopt.batch import COLUMNS, CONSTANT, OUTPUTS, Draw
 from prefopt.bench.report import HEADLINE, TITLES, Report, name_of, notes, shown
 from prefopt.cli.app import app
-from prefopt.components import Algorithm
+from prefopt.components import Algorithm, RolloutAlgorithm
 from prefopt.config.models import RunConfig, SuiteConfig
 from prefopt.plugins import load
 from prefopt.registry import Entry, field_docs
@@ -145,16 +145,18 @@ def _source(entry: Entry) -> str:
     return f"[`{path.name}`](../../{path})"
 
 
+CODE = ("arrange", "prepare", "log_ratio", "worth", "reward", "advantage", "compared", "places", "offset", "moved")
+CODE += ("sorted_against", "above", "each", "aggregate", "objective", "pair_loss", "loss")
+"""The functions that make a method what it is; one of the last three says its loss."""
+
+
 def _code(cls: Any) -> str:
     """The functions that make the method what it is, without their docstrings."""
-    names = ("prepare", "log_ratio", "reward", "places", "offset", "moved", "sorted_against", "above", "each")
-    found = [name for name in (*names, "pair_loss", "loss") if name in vars(cls)]
-    if "prepare" in found and len(inspect.getsource(cls.prepare).splitlines()) > 12:
-        found.remove("prepare")
-    bases = [b for b in cls.__mro__[1:-1] if {"pair_loss", "loss"} & vars(b).keys() and b.__module__ == cls.__module__]
-    wanted = [vars(cls)[name] for name in found] or [
-        vars(bases[0])[n] for n in ("pair_loss", "loss") if n in vars(bases[0])
-    ]
+    names = CODE if issubclass(cls, RolloutAlgorithm) else CODE[1:]
+    wanted = [vars(cls)[name] for name in names if name in vars(cls)]
+    wanted = [f for f in wanted if f.__name__ != "prepare" or len(inspect.getsource(f).splitlines()) <= 12]
+    bases = [b for b in cls.__mro__[1:-1] if b.__module__ == cls.__module__ and set(CODE[-3:]) & vars(b).keys()]
+    wanted = wanted or [vars(bases[0])[name] for name in CODE[-3:] if name in vars(bases[0])]
     return "\n\n\n".join(_without_docstring(inspect.getsource(f)) for f in wanted)
 
 
@@ -165,7 +167,10 @@ def _without_docstring(source: str) -> str:
 def _costs(algorithm: Algorithm) -> Iterator[str]:
     needs = algorithm.needs()
     yield "one model in training"
-    if "token_kl" in needs.during:
+    yield from map(_drawn, needs.draws)
+    if needs.draws and needs.reference:
+        yield "the reference in memory beside it, and its forward pass in every step"
+    elif "token_kl" in needs.during:
         yield "the reference in memory beside it, and its forward pass in every step"
     elif needs.reference:
         again = needs.columns.get("old_logps") == {Role.PROBE}  # whose partners change with the order
@@ -175,6 +180,12 @@ def _costs(algorithm: Algorithm) -> Iterator[str]:
         yield f"a forward pass more in every step, {'over all of it' if whole else 'of mismatched replies'}"
     if algorithm.coupled:
         yield "a forward pass more where a step is more than one microbatch"
+
+
+def _drawn(draw: Draw) -> str:
+    which = {"policy": "", "reference": " of the reference", "mixture": " of a mixture of policy and reference"}
+    kind = "greedy reply" if draw.greedy else "sample"
+    return f"{draw.n} {kind}{'s' if draw.n > 1 else ''}{which[draw.source]} for every prompt"
 
 
 def _fared(name: str) -> Iterator[str]:
@@ -210,7 +221,7 @@ def results(name: str) -> str:
     return "\n".join([*lines, "", " ".join(notes(report)), made])
 
 
-WRITTEN = ("dpo", "sft", "reward_model", "reward_model_listwise")
+WRITTEN = ("dpo", "grpo", "ppo", "sft", "reward_model", "reward_model_listwise")
 """Methods whose pages a person wrote."""
 
 PAGES = {

@@ -37,6 +37,7 @@ from prefopt.engine.ranks import Ranks
 from prefopt.errors import PrefoptError
 from prefopt.plugins import Plugins, load
 from prefopt.session import Session
+from prefopt.testing.rollouts import rollouts
 from prefopt.testing.tiny import build_tiny, tiny_config
 
 
@@ -50,6 +51,7 @@ class Trial:
 
 _kept: dict[tuple[object, ...], Trial] = {}
 _latest: dict[tuple[object, ...], Ready] = {}
+ROWS = 5
 PATIENCE = 120.0
 """Seconds that two processes have for a step, the first time for their imports as well."""
 
@@ -116,13 +118,14 @@ def _ready(algorithm: Algorithm, home: Path) -> Ready:
 
 def _assembled(algorithm: Algorithm, home: Path) -> Ready:
     run = Path(tempfile.mkdtemp(dir=home)) / "run"
-    sections: dict[str, Any] = {"optim": {"batch_size": 5}, "run": {"steps": 1}}
+    sections: dict[str, Any] = {"optim": {"batch_size": ROWS}, "run": {"steps": 1}}
     if algorithm.needs().reference:
         sections["reference"] = {"path": str(home / "reference")}
     config = tiny_config(home / "policy", run, sections, installed(), own=algorithm)
     run.mkdir()
     loop, _ = Session(config, installed(), Ranks("cpu"), RunFolder(run), lambda message: None).assemble()
-    built = loop.assembler(loop.order.step(0))
+    draws = algorithm.needs().draws
+    built = loop.assembler.of(rollouts(draws, ROWS)) if draws else loop.assembler(loop.order.step(0))
     assert built is not None, "the rows of a step are all used"
     return Ready(loop, built, loop.scorer.paths, loop.forwarder.budget)
 

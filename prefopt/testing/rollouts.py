@@ -13,6 +13,7 @@ from torch import Tensor
 from prefopt.batch import Draw
 from prefopt.components import Algorithm, RolloutAlgorithm
 from prefopt.rows import Completion, Role, Rollout
+from prefopt.testing.tiny import SPECIAL
 
 if TYPE_CHECKING:
     from prefopt.testing.synthetic import Synthetic
@@ -29,6 +30,20 @@ def rollout(draws: List[Draw], completion: Callable[[], Completion], *, index: i
     if index == FLAT:
         drawn = [replace(c, score=0.5) for c in drawn]
     return Rollout(**shared, index=index, completions=tuple(drawn), roles=tuple(roles))
+
+
+def rollouts(draws: List[Draw], size: int) -> list[Rollout]:
+    """Rows for the tiny model: prompts to count from, and letters as if they had been drawn."""
+    generator = torch.Generator().manual_seed(0)
+
+    def completion() -> Completion:
+        length = int(torch.randint(2, 9, (), generator=generator))
+        ids = tuple(torch.randint(len(SPECIAL), 60, (length,), generator=generator).tolist())
+        logps = tuple((-4 - torch.rand(length, generator=generator)).tolist())
+        score = float(torch.rand((), generator=generator))
+        return Completion(" ".join(map(str, ids)), ids=ids, logps=logps, score=score)
+
+    return [rollout(draws, completion, index=i, prompt=f"count from {i}: ") for i in range(size)]
 
 
 def in_a_later_pass(algorithm: Algorithm) -> Algorithm:

@@ -191,7 +191,7 @@ class REBEL(RolloutAlgorithm):
     """REBEL: regress the difference of two samples' rewards on the difference of their log-ratios."""
 
     name = "rebel"
-    paper = "Gao et al. 2024, arXiv:2404.16767, eq. 1"
+    paper = "Gao et al. 2024, arXiv:2404.16767"
     formula = "L = ((x_1 - x_2) / η - (score_1 - score_2))²,   x = log π(y)/π_old(y)"
     dialect = "π_old is the policy that drew the samples. Equal scores hold two samples together; they are kept."
     differences: ClassVar[tuple[str, ...]] = ("The authors take several updates with the samples of a step.",)

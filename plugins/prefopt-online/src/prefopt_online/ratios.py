@@ -101,7 +101,8 @@ class SAPO(GroupAdvantage):
 
     def objective(self, batch: Batch, policy: Policy, log_ratio: Tensor) -> Tensor:
         advantage = batch.advantages
-        tau = torch.where(advantage > 0, self.positive_temperature, self.negative_temperature).to(log_ratio)
+        towards, away = (advantage.new_tensor(t) for t in (self.positive_temperature, self.negative_temperature))
+        tau = torch.where(advantage > 0, towards, away)
         return -advantage * 4 / tau * (tau * (ratio_of(log_ratio) - 1)).sigmoid()
 
     def aggregate(self, batch: Batch, x: Tensor) -> Tensor:
