@@ -94,7 +94,7 @@ def test_an_ensemble_aggregates_as_coste_et_al_do(aggregate, wanted):
 
 def test_a_missing_member_is_a_missing_ensemble():
     found = Ensemble(members=(MEMBERS[0], fixed(1.0, None, 1.0))).open(None)(GROUPS)
-    assert values(found) == [[2.0, None], [0.5]]
+    assert values(found) == [[1.0, None], [0.5]]
     assert "ensemble, row 3, sample 1: member 1 (fixed) is missing: no idea" in found[0][1].reason
 
 

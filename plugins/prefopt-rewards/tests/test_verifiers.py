@@ -48,7 +48,7 @@ def test_a_row_without_a_reference_has_no_score(reward, extra):
     ("text", "value"),
     [
         ("The total is 1,234,567.50 dollars.", 1234567.5),
-        ("$5 and then -$0.25", 0.25),
+        ("$5 and then -$0.25", -0.25),
         ("x = -7", -7),
         ("x = \u22127", -7),
         ("7-3", 3),

@@ -7,7 +7,7 @@ import re
 from collections import deque
 
 _NUMBER = re.compile(
-    r"(?P<sign>(?<![\w.)\]])[-+\u2212])?(?<![\w.,])\$?(?P<above>(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)"
+    r"(?P<sign>(?<![\w.)\]])[-+\u2212])?\$?(?<![\w.])(?P<above>(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)"
     r"(?:[eE](?P<power>[-+]?\d{1,4}))?(?:\s?/\s?(?P<below>\d+(?:\.\d+)?))?"
 )
 _FRACTION = re.compile(r"\\[dt]?frac\s*\{\s*([-+]?[\d.]+)\s*\}\s*\{\s*([\d.]+)\s*\}")
