@@ -239,7 +239,8 @@ class RolloutAlgorithm(Algorithm):
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """A reward, or None with the `reason` it is missing; `parts` are its named summands."""
+    """A reward, or None with the `reason` it is missing; `parts` are its named summands, and numbers that explain
+    it."""
 
     value: float | None
     reason: str = ""

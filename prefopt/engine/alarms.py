@@ -37,10 +37,6 @@ class Alarm:
             return now - start > self.limit
         return now > self.limit * start if self.limit > 1 else now < self.limit * start
 
-    def distance(self, start: float, now: float) -> float:
-        """How far `now` is from `start`, to compare with other times."""
-        return now - start if self.by == "more" else abs(now - start)
-
     def said(self, start: float, now: float) -> str:
         """The change as a person reads it."""
         if self.by == "more":
@@ -89,7 +85,7 @@ class Alarms:
         start, now = median(self._first[name]), median(self._last[name])
         if alarm.rings(start, now):
             began, _, furthest = self._rung.get((alarm, name), (step, "", 0.0))
-            far = alarm.distance(start, now)
+            far = abs(now - start)
             if far >= furthest:
                 self._rung[alarm, name] = (began, alarm.said(start, now), far)
 

@@ -56,7 +56,7 @@ def print_without_end(*_):
 
 
 def leave_a_child(*_):
-    subprocess.Popen(["sleep", "60"])
+    subprocess.Popen(["sleep", "73.25"])
     os._exit(3)
 
 

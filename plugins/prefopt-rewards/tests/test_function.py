@@ -96,7 +96,7 @@ def test_nothing_is_left_of_what_was_killed():
     score = reward("leaves_a_child")
     score([WRONG])
     listed = subprocess.run(["ps", "-eo", "ppid,args"], capture_output=True, text=True, check=True).stdout
-    assert [line for line in listed.splitlines() if line.split(None, 1)[1] == "sleep 60"] == []
+    assert [line for line in listed.splitlines() if line.split(None, 1)[1] == "sleep 73.25"] == []
 
 
 def test_processes_end_with_their_owner():

@@ -20,7 +20,7 @@ Combine = Callable[[Mapping[str, Score]], Score]
 class Part(BaseModel):
     """A summand."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, defer_build=True)
 
     source: RewardSource
     """What scores."""
