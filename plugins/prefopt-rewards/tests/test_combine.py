@@ -134,3 +134,8 @@ def test_parts_are_named_in_a_configuration_and_survive_a_file():
 def test_two_parts_of_one_name_are_refused():
     with pytest.raises(ConfigError, match="two parts have one name"):
         run_from(parse(RUN % "replies_gold", "run.yaml"), load().find)
+
+
+def test_a_part_cannot_take_the_name_of_another_metric():
+    with pytest.raises(ConfigError, match="`mean` is the name of another metric"):
+        run_from(parse(RUN % "mean", "run.yaml"), load().find)

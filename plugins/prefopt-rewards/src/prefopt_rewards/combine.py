@@ -14,6 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, model_valid
 from prefopt.api import PluginError, RewardSource, Rollout, Score, Scorer, Services
 from prefopt_rewards.scores import LISTED, Unscorable, missing, number
 
+TAKEN = frozenset({"mean", "missing", "total"})
+"""What `reward/...` already means something else for."""
 Combine = Callable[[Mapping[str, Score]], Score]
 
 
@@ -56,6 +58,9 @@ class Weighted(RewardSource):
         labels = [part.label or part.source.name for part in self.parts]
         if len(set(labels)) < len(labels):
             raise ValueError("two parts have one name: give each a `label`")
+        taken = TAKEN & set(labels)
+        if taken:
+            raise ValueError(f"`{min(taken)}` is the name of another metric: give that part another `label`")
         return self
 
     def open(self, services: Services) -> Scorer:
