@@ -1,5 +1,5 @@
-"""Reward functions that misbehave, each in its own way, where a completion says `bad`; elsewhere they score 0.25 for
-each letter."""
+"""Reward functions that misbehave, each in its own way, where a completion or the row says `bad`; elsewhere they score
+0.25 for each letter."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def good(prompt, completions, row):
 
 def only_when_bad(misbehave):
     def function(prompt, completions, row):
-        if "bad" in completions:
+        if "bad" in completions or row.get("bad"):
             return misbehave(prompt, completions, row)
         return good(prompt, completions, row)
 
@@ -73,9 +73,9 @@ raises = only_when_bad(lambda *_: fail(ValueError("no such thing")))
 raises_unspeakably = only_when_bad(lambda *_: fail(Unspeakable()))
 hangs = only_when_bad(hang)
 hangs_in_c = only_when_bad(hang_in_c)
-is_not_a_number = answer_with([float("nan"), 1.0])
-is_infinite = answer_with([1.0, float("inf")])
-is_too_short = answer_with([1.0])
+is_not_a_number = only_when_bad(lambda _, completions, __: [float("nan"), *[1.0] * len(completions[1:])])
+is_infinite = only_when_bad(lambda _, completions, __: [*[1.0] * len(completions[1:]), float("inf")])
+is_too_short = only_when_bad(lambda _, completions, __: [1.0] * len(completions[1:]))
 is_one_value = answer_with(1.0)
 is_text = answer_with("high")
 holds_text = answer_with([1.0, "high"])
