@@ -34,6 +34,8 @@ def run_stages(stages: list[Stage], plugins: Plugins, warn: Callable[[str], None
             continue
         result = train(stage.config, plugins, resume=(folder / "run.json").exists(), warn=warn)
         yield f"{stage.name}: {result.outcome}: {result.model}"
+        if result.verdict:
+            yield f"{stage.name}: {result.verdict}"
 
 
 def _folder(stage: Stage) -> Path:

@@ -25,6 +25,7 @@ from prefopt.data.check import write_rejects
 from prefopt.data.render import Renderer, load_tokenizer
 from prefopt.data.streams import derive
 from prefopt.engine import checkpoint as checkpoints
+from prefopt.engine.alarms import Alarms
 from prefopt.engine.card import card
 from prefopt.engine.collect import Collector
 from prefopt.engine.columns import Forwarder, Meter, asked
@@ -67,6 +68,8 @@ class Result:
     folder: Path
     outcome: str
     budget: Mapping[str, int]
+    verdict: str = ""
+    """What the signs of reward hacking came to, in a run that samples."""
 
     @property
     def model(self) -> Path:
@@ -102,6 +105,7 @@ class Session:
     folder: RunFolder
     warn: Callable[[str], None]
     failed_observers: set[str] = field(default_factory=set)
+    alarms: Alarms = field(default_factory=Alarms)
     _small: bool = False
 
     @cached_property
@@ -371,6 +375,7 @@ class Session:
         step = loop.progress.step
         self.recorder.line("metrics.jsonl", {"step": step, **numbers(metrics)})
         self.recorder.line(TIMINGS, {"step": step, "seconds": seconds})
+        self.alarms.observe(step, metrics)
         self._notify("prefopt_step_finished", run=info, step=step, metrics=metrics)
         last = step == loop.total or loop.progress.stopped
         best = False
@@ -389,6 +394,7 @@ class Session:
         found = evaluator(loop)
         metrics = {f"eval/{name}": x for name, x in found.items()}
         self.recorder.line("metrics.jsonl", {"step": loop.progress.step, **numbers(metrics)})
+        self.alarms.observe(loop.progress.step, metrics)
         self._notify("prefopt_step_finished", run=info, step=loop.progress.step, metrics=metrics)
         return judge(found, evaluator.metric, evaluator.config, loop.progress) and evaluator.config.keep_best
 
@@ -420,12 +426,16 @@ class Session:
         if loop.reference is not None:
             loop.reference.load(dict(saved.tensors.get("reference", {})))
         self.recorder.cut(loop.progress.files)
+        for line in self.recorder.metrics():
+            self.alarms.observe(line["step"], {name: float(x) for name, x in line.items() if name != "step"})
 
     def _finish(self, loop: Loop, outcome: str) -> Result:
         """Exports the model and says how the run went."""
         progress, budget = loop.progress, loop.snapshot()["meter"]
         facts = {"outcome": outcome, "steps": progress.step, "updates": progress.updates, "skipped": progress.skipped}
         facts |= {"budget": budget, "rows": progress.counts}
+        verdict = self.alarms.verdict() if loop.collector is not None else ""
+        facts |= {"verdict": verdict} if verdict else {}
         if self._keeps_best:
             facts |= {"best_step": progress.best_step, "best": progress.best}
         if self.ranks.main:
@@ -443,7 +453,7 @@ class Session:
             self.folder.write(self.folder.result, facts)
             rmtree(self.folder.kept, ignore_errors=True)
         self.ranks.wait()
-        return Result(self.folder.path, outcome, budget)
+        return Result(self.folder.path, outcome, budget, verdict)
 
     def _describe(self) -> None:
         """`config.yaml` and `run.json`: what was asked for, and with which versions and data."""

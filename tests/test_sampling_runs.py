@@ -178,7 +178,9 @@ def test_a_run_stopped_between_steps_goes_on_to_the_same_bytes(tiny_model, tmp_p
 @pytest.mark.parametrize("nan", [False, True])
 def test_a_missing_score_ends_the_run_and_names_row_and_reply(tiny_model, tmp_path, found, nan):
     reward = {"name": "toy_digits", "broken": [5], "nan": nan}
-    with pytest.raises(ServiceError, match=r"row 5: reply 2 of 4 could not be scored: (the scale is broken|.* nan)"):
+    with pytest.raises(
+        ServiceError, match=r"step [123], row 5: reply 2 of 4 could not be scored: (the scale is broken|.* nan)"
+    ):
         run(tiny_model, tmp_path / "run", found, reward=reward)
 
 

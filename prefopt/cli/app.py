@@ -159,6 +159,8 @@ def train(config: ConfigFile, overrides: Overrides = None) -> None:
     with _located(document):
         result = start(run, found, warn=_warn)
     typer.echo(f"{result.outcome}: {result.model}")
+    if result.verdict:
+        typer.echo(result.verdict)
 
 
 @bench.command("run")
@@ -256,6 +258,8 @@ def resume(
     with _located(document):
         result = start(run, found, resume=True, warn=_warn)
     typer.echo(f"{result.outcome}: {result.model}")
+    if result.verdict:
+        typer.echo(result.verdict)
 
 
 @app.command()

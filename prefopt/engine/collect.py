@@ -15,6 +15,7 @@ from prefopt.components import Drawer, Request, Score, Scorer
 from prefopt.config.models import RolloutConfig
 from prefopt.data.render import Renderer
 from prefopt.data.streams import Order, derive, generator
+from prefopt.engine.alarms import completion_metrics
 from prefopt.engine.journal import Collected, Journal
 from prefopt.engine.ranks import Ranks
 from prefopt.errors import ServiceError
@@ -60,7 +61,7 @@ class Collector:
         for attempt in range(self.settings.redraws + 1):
             new = self._scored(step, wanted)
             scored += new
-            usable = [group for pair in new if (group := self._usable(*pair)) is not None]
+            usable = [group for pair in new if (group := self._usable(step, *pair)) is not None]
             good = [group for group in usable if self.keep(group)]
             kept += good
             refused += len(usable) - len(good)
@@ -126,11 +127,11 @@ class Collector:
 
     # --- what becomes of missing scores -----------------------------------------------------------------------------
 
-    def _usable(self, group: Rollout, scores: List[Score]) -> Rollout | None:
+    def _usable(self, step: int, group: Rollout, scores: List[Score]) -> Rollout | None:
         """The group with its scores, without what could not be scored; None when it cannot be used."""
         missing = [k for k, score in enumerate(scores) if score.value is None]
         if missing and self.settings.on_missing in ("abort", "retry"):
-            raise self._unscored(group, missing[0], scores[missing[0]])
+            raise self._unscored(step, group, missing[0], scores[missing[0]])
         whole = group.scored([score.value for score in scores])
         compared = any(group.roles[k] != Role.SAMPLE for k in missing)
         if missing and (compared or self.settings.on_missing == "drop_group"):
@@ -138,11 +139,11 @@ class Collector:
         kept = whole.select([k for k in range(len(scores)) if k not in missing])
         return kept if kept.completions else None
 
-    def _unscored(self, group: Rollout, k: int, score: Score) -> ServiceError:
+    def _unscored(self, step: int, group: Rollout, k: int, score: Score) -> ServiceError:
         asked = f" {self.settings.retries + 1} times" if self.settings.on_missing == "retry" else ""
         return ServiceError(
             f"reply {k + 1} of {len(group.completions)} could not be scored{asked}: {score.reason}",
-            where=f"row {group.index}",
+            where=f"step {step + 1}, row {group.index}",
             fix="Mend the reward, or set rollout.on_missing to retry, drop_sample or drop_group.",
         )
 
@@ -167,7 +168,7 @@ def _metrics(scored: List[Scored], refused: int) -> dict[str, float]:
     pairs = [(c, score) for group, scores in scored for c, score in zip(group.completions, scores, strict=True)]
     found = {"reward/missing": float(sum(score.value is None for _, score in pairs)), "groups/refused": float(refused)}
     if pairs:
-        found["completion/tokens"] = fmean(len(c.ids or ()) for c, _ in pairs)
+        found |= completion_metrics([c.ids or () for c, _ in pairs])
         found["completion/finished"] = fmean(c.finished for c, _ in pairs)
     values = [score.value for _, score in pairs if score.value is not None]
     if values:

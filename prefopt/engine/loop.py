@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from prefopt.batch import StepContext
+from prefopt.batch import Batch, StepContext
 from prefopt.components import Algorithm, RolloutAlgorithm
 from prefopt.config import OptimConfig
 from prefopt.data.assemble import Assembled, Assembler
@@ -90,7 +90,14 @@ class Loop:
             self.progress.skipped += 1
             return recorded | {"rows/none_left": 1.0}
         built, found = self.prepared(built, self.context(step, self.state))
-        return recorded | found | self.passes(built, step)
+        return recorded | self._under_base(built.batch) | found | self.passes(built, step)
+
+    def _under_base(self, batch: Batch) -> dict[str, float]:
+        """How surprising the samples are to the reference: exp of the mean negative log-probability of a token."""
+        if self.collector is None or "reference_logps" not in batch.columns or self.forwarder.temperature != 1:
+            return {}
+        mean = batch.sum_tokens(batch.reference_logps).sum() / batch.lengths.sum().clamp(min=1)
+        return {"completion/base_perplexity": float(torch.exp(-mean))}
 
     def begun(self, step: int) -> tuple[Assembled | None, dict[str, float]]:
         """The tokens of a step, and what was measured while they were drawn."""

@@ -31,11 +31,14 @@ class Recorder:
         paths = [self.folder / name for name in COMPARED]
         return {path.name: path.stat().st_size for path in paths if path.exists()}
 
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines of the metrics, of training and of evaluation."""
+        path = self.folder / COMPARED[0]
+        return [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
+
     def last(self) -> dict[str, Any]:
         """The last line of the metrics, of training and of evaluation together."""
-        path = self.folder / COMPARED[0]
-        lines = [json.loads(line) for line in path.read_text("utf-8").splitlines()[-2:]] if path.exists() else []
-        return {name: value for line in lines for name, value in line.items()}
+        return {name: value for line in self.metrics()[-2:] for name, value in line.items()}
 
     def cut(self, sizes: Mapping[str, int]) -> None:
         """Drops what was written after a checkpoint with these `sizes`."""
