@@ -28,6 +28,18 @@ RUNS = {
     },  # ranks with idle turns
     "coupled": {"algorithm": {"name": "sorted"}, "optim": {"batch_size": 6, "token_budget": 60, "lr": 1e-3}},
     "mixed": {"algorithm": {"name": "dpo"}, "data": {"mix": MIX}},
+    "ppo": {
+        "algorithm": {"name": "ppo", "minibatches": 2},
+        "reward": {"name": "repetition", "n": 1, "unit": "characters"},
+        "sampler": {"name": "plain", "max_new_tokens": 9},
+        "eval": {"every": 3, "rows": 4, "samples": 3},
+    },
+    "online-dpo": {
+        "algorithm": {"name": "dpo"},
+        "rollout": {"n": 3},
+        "reward": {"name": "repetition", "n": 1, "unit": "characters"},
+        "sampler": {"name": "plain", "max_new_tokens": 9},
+    },
     "plain": {"algorithm": {"name": "dpo"}, "optim": {"lr": 1e-3, "forward": "plain"}},
 }
 SCRIPT = Path(__file__).parent / "train_all.py"
