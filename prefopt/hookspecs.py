@@ -9,7 +9,7 @@
         return [MyMethod]
 
 The first seven are called once, when plugins are loaded; they return component classes and must not load torch or touch
-files. The last three observe a run: whatever they raise is reported once and the run goes on.
+files. The last four observe a run: whatever they raise is reported once and the run goes on.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from pathlib import Path
 import pluggy
 
 from prefopt.components import Algorithm, DataSource, Judge, RewardSource, Sampler, Task, World
+from prefopt.rows import Rollout
 
 hookspec = pluggy.HookspecMarker("prefopt")
 hookimpl = pluggy.HookimplMarker("prefopt")
@@ -79,6 +80,12 @@ def prefopt_run_started(run: RunInfo) -> None:
 @hookspec
 def prefopt_step_finished(run: RunInfo, step: int, metrics: Mapping[str, float]) -> None:
     """A step, or an evaluation (its metrics start with `eval/`), has been recorded. Must not change the metrics."""
+
+
+@hookspec
+def prefopt_rollouts_drawn(run: RunInfo, step: int, rollouts: Sequence[Rollout]) -> None:
+    """The replies of a step have been drawn and scored, before anything is learned from them. Called on the main rank,
+    also when a resumed run reads them from its journal. Must not change them."""
 
 
 @hookspec

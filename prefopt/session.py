@@ -126,6 +126,8 @@ class Session:
         loop, evaluator = self.assemble()
         info = RunInfo(self.folder.path, self.config.algorithm.name, loop.progress.step, loop.total)
         self._notify("prefopt_run_started", run=info)
+        if loop.collector is not None:
+            loop.collector.drawn = partial(self._show, info)
         outcome = "failed"
         try:
             with stop_requests() as requests:
@@ -141,6 +143,9 @@ class Session:
     def _notify(self, hook: str, **arguments: Any) -> None:
         if self.ranks.main:
             self.plugins.notify(hook, self._observer_failed, **arguments)
+
+    def _show(self, info: RunInfo, step: int, rollouts: List[Rollout]) -> None:
+        self._notify("prefopt_rollouts_drawn", run=info, step=step + 1, rollouts=rollouts)
 
     def _observer_failed(self, name: str, error: Exception) -> None:
         """Says so once for each observer."""

@@ -42,6 +42,8 @@ class Collector:
     ranks: Ranks
     journal: Journal
     seed: int
+    drawn: Callable[[int, List[Rollout]], None] = lambda step, rollouts: None
+    """Is shown the rollouts of each step."""
     _opened: dict[Draw, Drawer] = field(default_factory=dict)
 
     def __call__(self, step: int) -> Collected:
@@ -50,6 +52,7 @@ class Collector:
         if found is None:
             found = self._collected(step)
             self.journal.write(step, found)
+        self.drawn(step, found.rollouts)
         return found
 
     def _row(self, index: int) -> Row:

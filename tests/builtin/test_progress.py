@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from prefopt.api import RunInfo
+from prefopt.api import Completion, Rollout, RunInfo
 from prefopt.builtin import progress
 
 RUN = RunInfo(Path("runs/x"), "dpo", 0, 40)
@@ -52,6 +52,38 @@ def test_in_a_terminal_there_is_one_live_line_with_the_time_left(monkeypatch):
 def test_steps_of_an_unknown_run_are_ignored(capsys):
     progress.prefopt_step_finished(RUN, 1, {"loss/total": 1.0})
     assert capsys.readouterr().err == ""
+
+
+REPLIES = [
+    Rollout(prompt="how\nmany?", completions=(Completion("three \x1b[31m", score=0.5), Completion("x", score=1.0)))
+]
+
+
+def draw_and_step() -> None:
+    progress.prefopt_run_started(RUN)
+    progress.prefopt_rollouts_drawn(RUN, 2, REPLIES)
+    progress.prefopt_step_finished(RUN, 2, {"reward/mean": 0.75})
+    progress.prefopt_run_finished(RUN, "finished")
+
+
+def test_the_last_replies_are_shown_with_their_rewards(monkeypatch):
+    out = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", out)
+    draw_and_step()
+    lines = out.getvalue().splitlines()
+    assert lines[1].startswith("step 2/40  reward/mean 0.75")
+    assert lines[2] == "    0.5  how many? -> three  [31m"
+
+
+def test_a_terminal_shows_them_as_a_table(monkeypatch):
+    out = Terminal()
+    monkeypatch.setattr(sys, "stderr", out)
+    monkeypatch.setenv("TERM", "xterm")
+    draw_and_step()
+    assert "reward" in out.getvalue()
+    assert "how many?" in out.getvalue()
+    assert "three" in out.getvalue()
+    assert "three \x1b[31m" not in out.getvalue()
 
 
 @pytest.fixture(autouse=True)
