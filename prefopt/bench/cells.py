@@ -16,7 +16,7 @@ import torch
 from pydantic import Field, NonNegativeInt, PositiveInt
 
 from prefopt.bench.stats import best_of_n_kl
-from prefopt.components import Sampler, Task
+from prefopt.components import RewardSource, Sampler, Score, Task
 from prefopt.config import DataConfig, run_from
 from prefopt.config.load import validated
 from prefopt.config.models import Section
@@ -93,7 +93,7 @@ def measure(measurement: Measurement, plugins: Plugins) -> dict[str, Any]:
     metrics: dict[str, float] = {}
     for task in measurement.tasks:
         metrics |= {name: float(x) for name, x in task.evaluate(subject).items() if math.isfinite(x)}
-    return {"metrics": metrics, "samples": _samples(subject), "answering": asdict(bench.answering)}
+    return {"metrics": metrics, "samples": _samples(subject, measurement.tasks), "answering": asdict(bench.answering)}
 
 
 @dataclass(frozen=True)
@@ -181,6 +181,13 @@ def _winners(group: Rollout, scores: List[float | None], n: int) -> Rollout:
     return replace(group, completions=tuple(group.completions[i] for i in best))
 
 
-def _samples(subject: Measured) -> list[dict[str, str]]:
-    rollouts = subject.rollouts(1)[:SHOWN]
-    return [{"prompt": show_text(group.prompt), "reply": group.completions[0].text} for group in rollouts]
+def _samples(subject: Measured, tasks: List[Task]) -> list[dict[str, Any]]:
+    """A few replies, with the reward that the first task to use one measures by."""
+    rollouts = [replace(group, completions=group.completions[:1]) for group in subject.rollouts(1)[:SHOWN]]
+    sources = (getattr(task, "reward", None) for task in tasks)
+    source = next((source for source in sources if isinstance(source, RewardSource)), None)
+    scores = subject.reward(source)(rollouts) if source is not None else [[Score(None)]] * len(rollouts)
+    return [
+        {"prompt": show_text(group.prompt), "reply": group.completions[0].text, "reward": own[0].value}
+        for group, own in zip(rollouts, scores, strict=True)
+    ]

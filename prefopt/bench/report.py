@@ -42,6 +42,7 @@ class Sample(_Typed):
 
     prompt: str
     reply: str
+    reward: float | None = None
 
 
 class CellResult(_Typed):
@@ -247,12 +248,12 @@ def _other_metrics(report: Report) -> list[str]:
     return [name for name in names if name not in HEADLINE]
 
 
-def _side_by_side(report: Report) -> list[tuple[str, list[tuple[str, str]]]]:
+def _side_by_side(report: Report) -> list[tuple[str, list[tuple[str, Sample]]]]:
     """The prompts of the first seed, each with the reply of every method."""
     cells = [cell for cell in report.cells if cell.seed == report.seeds[0]]
     prompts = [sample.prompt for sample in cells[0].samples] if cells else []
     return [
-        (prompt, [(name_of(cell), cell.samples[i].reply) for cell in cells if i < len(cell.samples)])
+        (prompt, [(name_of(cell), cell.samples[i]) for cell in cells if i < len(cell.samples)])
         for i, prompt in enumerate(prompts)
     ]
 

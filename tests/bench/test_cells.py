@@ -94,7 +94,7 @@ class Odd(Task):
 
 def test_what_is_no_finite_number_is_left_out(plugins, measurement, monkeypatch):
     monkeypatch.setattr(_Bench, "subject", lambda self: None)
-    monkeypatch.setattr(cells, "_samples", lambda subject: [])
+    monkeypatch.setattr(cells, "_samples", lambda subject, tasks: [])
     found = measure(measurement.model_copy(update={"tasks": (Odd(),)}), plugins)
     assert found["metrics"] == {"fine": 1.0}
 

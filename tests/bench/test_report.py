@@ -246,7 +246,7 @@ def test_replies_of_every_setting_stand_side_by_side(plugins):
     prompts = [Sample(prompt="same", reply="x"), Sample(prompt="same", reply="y")]
     made = built(plugins, *(cell(0, settings=s, samples=prompts) for s in settings))
     names = ["DPO (optim.lr=0.1)", "DPO (optim.lr=0.2)"]
-    assert _side_by_side(made) == [("same", [(name, reply) for name in names]) for reply in ("x", "y")]
+    assert _side_by_side(made) == [("same", [(name, sample) for name in names]) for sample in prompts]
 
 
 def test_a_traceback_is_shown_as_text():
