@@ -40,7 +40,7 @@ check: $(SETUP)
 test: $(SETUP)
 	@began=$$(date +%s); \
 	$(MAKE) --no-print-directory check && rm -f .coverage .coverage.* && \
-	$(BIN)/coverage run -m pytest -n $(WORKERS) --dist loadscope && \
+	$(BIN)/coverage run -m pytest -n $(WORKERS) --dist loadscope --no-loadscope-reorder && \
 	$(BIN)/coverage combine --quiet && $(BIN)/coverage report --skip-covered --fail-under=90; \
 	status=$$?; echo "make test: $$(( $$(date +%s) - began )) s"; exit $$status
 

@@ -4,9 +4,10 @@
 
 A mutant is one change in one place of a method's functions: a sign, an operator, a lost stop_gradient, chosen and
 rejected exchanged, a sum for a mean, another unit, a number off by one, a comparison that takes or leaves equality, a
-setting replaced by its default. It is killed when a property of the kit fails for a method of that class, when a pinned
-number changes, or when it cannot run; properties alone and both together are counted. Left out: the plugins' `base.py`
-and functions outside classes, the core's own sft and dft, and, for time, properties that go through the engine.
+setting replaced by its default. It is killed when a property of the kit fails for a method that has the changed class
+among its own, at its defaults or at the other settings that its plugin tests, when a pinned number changes, or when it
+cannot run; properties alone and both together are counted. Left out: messages, the core's own sft and dft, and, for
+time, properties that go through the engine. Reasons why a survivor is none that matters are taken over from OUT.json.
 """
 
 from __future__ import annotations
@@ -14,10 +15,15 @@ from __future__ import annotations
 import ast
 import copy
 import json
+import re
 import runpy
 import sys
 import types
 from collections.abc import Iterator
+from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from importlib.util import spec_from_loader
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +31,8 @@ import torch
 
 from prefopt.api import Algorithm
 from prefopt.testing import kit
+from prefopt.testing.pins import pin
+from prefopt.testing.settings import label
 
 ROOT = Path(__file__).parents[1]
 PLUGINS = {"prefopt_dpo": "prefopt-dpo", "prefopt_orpo": "prefopt-orpo", "prefopt_kto": "prefopt-kto"}
@@ -70,38 +78,34 @@ def changes(node: ast.AST, defaults: dict[str, Any]) -> Iterator[tuple[str, ast.
 
 
 def mutants(source: str, defaults: dict[str, dict[str, Any]]) -> Iterator[tuple[str, str, str]]:
-    """Every mutant of a file: its name, its class, its source. Only what the methods' functions do is changed."""
+    """Every mutant of a file: its name, its class (empty for a function outside of one), its source."""
     tree = ast.parse(source)
-    for cls in (n for n in tree.body if isinstance(n, ast.ClassDef)):
-        functions = [f for f in cls.body if isinstance(f, ast.FunctionDef) and f.name not in ("needs", "loss_at_init")]
-        for function in functions:
-            for place, node in enumerate(ast.walk(function)):
-                if _said_to_people(node, function):
-                    continue
-                for kind, new in changes(node, defaults.get(cls.name, {})):
-                    changed = copy.deepcopy(tree)
-                    twin = next(n for n in changed.body if isinstance(n, ast.ClassDef) and n.name == cls.name)
-                    body = next(f for f in twin.body if isinstance(f, ast.FunctionDef) and f.name == function.name)
-                    _replace(body, place, new)
-                    line = getattr(node, "lineno", 0)
-                    name = f"{cls.name}.{function.name}:{line} {kind}: {ast.unparse(node)} -> {ast.unparse(new)}"
-                    yield name, cls.name, ast.unparse(ast.fix_missing_locations(changed))
+    for path, function in _functions(tree):
+        cls = path.rpartition(".")[0]
+        for place, node in enumerate(ast.walk(function)):
+            if _said_to_people(node, function):
+                continue
+            for kind, new in changes(node, defaults.get(cls, {})):
+                changed = copy.deepcopy(tree)
+                _replace(dict(_functions(changed))[path], place, new)
+                name = f"{path}:{getattr(node, 'lineno', 0)} {kind}: {ast.unparse(node)} -> {ast.unparse(new)}"
+                yield name, cls, ast.unparse(ast.fix_missing_locations(changed))
+
+
+def _functions(tree: ast.Module) -> Iterator[tuple[str, ast.FunctionDef]]:
+    """All functions but those that only declare, by their names."""
+    for outer in tree.body:
+        if isinstance(outer, ast.FunctionDef) and not outer.name.startswith("prefopt_"):
+            yield outer.name, outer
+        for inner in outer.body if isinstance(outer, ast.ClassDef) else ():
+            if isinstance(inner, ast.FunctionDef) and inner.name not in ("needs", "loss_at_init"):
+                yield f"{outer.name}.{inner.name}", inner
 
 
 def _said_to_people(node: ast.AST, function: ast.FunctionDef) -> bool:
-    """Whether a node is part of a message, or of a metric: nothing that a loss depends on."""
-    for outer in ast.walk(function):
-        people = isinstance(outer, ast.Raise) or (
-            isinstance(outer, ast.Call) and getattr(outer.func, "attr", getattr(outer.func, "id", "")) in QUIET
-        )
-        people |= isinstance(outer, ast.Assign) and getattr(outer.targets[0], "id", "") in METRICS
-        if people and any(inner is node for inner in ast.walk(outer)):
-            return True
-    return False
-
-
-QUIET = {"warn", "record", "pair_metrics", "NotImplementedError", "metrics", "_watch", "ValueError"}
-METRICS = {"metrics", "means", "kl", "right"}
+    """Whether a node is part of a message."""
+    messages = (n for n in ast.walk(function) if isinstance(n, ast.Raise | ast.JoinedStr))
+    return any(inner is node for message in messages for inner in ast.walk(message))
 
 
 def _replace(function: ast.FunctionDef, place: int, new: ast.AST) -> None:
@@ -114,25 +118,40 @@ def _replace(function: ast.FunctionDef, place: int, new: ast.AST) -> None:
     Put().visit(function)
 
 
-def survives(
-    source: str, package: str, path: Path, pins: dict[str, Any], cls: str, others: list[Algorithm]
-) -> tuple[bool, bool]:
-    """Whether the properties let a mutant live, and whether the pinned numbers do too, at defaults and at the settings
-    of `others`. Methods that inherit from the changed class count."""
-    module = types.ModuleType(f"{package}.{path.stem}")
-    module.__file__ = str(path)
-    sys.modules[module.__name__] = module  # for annotations
+class Mutated(Loader, MetaPathFinder):
+    """Imports one module from a changed source."""
+
+    def __init__(self, name: str, path: Path, source: str) -> None:
+        self.name, self.path, self.source = name, path, source
+
+    def find_spec(self, name: str, path: object, target: object = None) -> ModuleSpec | None:
+        return spec_from_loader(name, self, origin=str(self.path)) if name == self.name else None
+
+    def exec_module(self, module: types.ModuleType) -> None:
+        exec(compile(self.source, str(self.path), "exec"), vars(module))
+
+    def package(self) -> types.ModuleType:
+        """The whole package, anew."""
+        package = self.name.partition(".")[0]
+        for name in [n for n in sys.modules if n.partition(".")[0] == package]:
+            del sys.modules[name]
+        sys.meta_path.insert(0, self)
+        try:
+            return import_module(package)
+        finally:
+            sys.meta_path.remove(self)
+
+
+def survives(mutated: Mutated, cls: str, pins: dict[str, Any], others: list[Algorithm]) -> tuple[bool, bool]:
+    """Whether the properties let a mutant live, and whether the pinned numbers do too."""
     try:
-        exec(compile(source, str(path), "exec"), vars(module))
-        kinds = [c for c in vars(module).values() if isinstance(c, type) and issubclass(c, Algorithm) and c.name]
-        kinds = [c for c in kinds if cls in (b.__name__ for b in c.__mro__) and c.__module__ == module.__name__]
-        alive = not any(kit._failure(name, kind) for kind in kinds for name in CHECKS)
-        made = [kind() for kind in kinds]
-        made += [k.model_validate(other.model_dump()) for other in others for k in kinds if k.name == other.name]
-        pinned = alive and all(_same(kit.pin(a), pins[kit._label(a)]) for a in made)
+        methods = [m for m in mutated.package().METHODS if not cls or cls in (base.__name__ for base in m.__mro__)]
+        made = [method() for method in methods]
+        made += [m.model_validate(other.model_dump()) for other in others for m in methods if m.name == other.name]
+        alive = not any(kit._failure(name, algorithm) for algorithm in made for name in CHECKS)
+        return alive, alive and all(_same(pin(algorithm), pins[label(algorithm)]) for algorithm in made)
     except Exception:  # a mutant that cannot even run is dead
         return False, False
-    return alive, pinned
 
 
 def _numbers(cls: type[Algorithm]) -> dict[str, Any]:
@@ -146,28 +165,43 @@ def _same(a: dict[str, float], b: dict[str, float]) -> bool:
 
 def main(out: Path) -> None:
     torch.set_num_threads(1)
-    counts, survivors = {"mutants": 0, "killed_by_properties": 0, "killed_with_pins": 0}, []
+    kit.installed()
+    before = json.loads(out.read_text("utf-8"))["survivors"] if out.exists() else []
+    reasons = {_plain(found["mutant"]): found["reason"] for found in before}
+    counts = {"mutants": 0, "killed_by_properties": 0, "killed_with_pins": 0}
+    survivors, pins_alone = [], []
+    for name, alive, pinned in judged():
+        counts["mutants"] += 1
+        counts["killed_by_properties"] += not alive
+        counts["killed_with_pins"] += not pinned
+        if pinned:
+            survivors.append({"mutant": name, "reason": reasons.get(_plain(name), "")})
+            print(name, counts, flush=True)
+        elif alive:
+            pins_alone.append(name)
+    found = {**counts, "survivors": survivors, "killed_by_pins_alone": pins_alone}
+    out.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", "utf-8")
+
+
+def judged() -> Iterator[tuple[str, bool, bool]]:
+    """The name of each mutant, and what `survives` says of it."""
     for package, folder in PLUGINS.items():
-        others = list(runpy.run_path(str(ROOT / "plugins" / folder / "tests/test_conformance.py"))["OTHERS"])
-        pins = json.loads((ROOT / "plugins" / folder / "tests/pins.json").read_text("utf-8"))
+        tests = ROOT / "plugins" / folder / "tests"
+        others = list(runpy.run_path(str(tests / "test_conformance.py"))["OTHERS"])
+        pins = json.loads((tests / "pins.json").read_text("utf-8"))
         for path in sorted((ROOT / "plugins" / folder / "src" / package).glob("*.py")):
-            original = sys.modules.get(f"{package}.{path.stem}")
-            if path.stem in ("__init__", "base"):
+            if path.stem == "__init__":
                 continue
-            module = __import__(f"{package}.{path.stem}", fromlist=["x"]) if original is None else original
-            kinds = {n: c for n, c in vars(module).items() if isinstance(c, type) and issubclass(c, Algorithm)}
-            defaults = {n: _numbers(c) for n, c in kinds.items()}
+            kinds = vars(import_module(f"{package}.{path.stem}")).items()
+            defaults = {n: _numbers(c) for n, c in kinds if isinstance(c, type) and issubclass(c, Algorithm)}
             for name, cls, source in mutants(path.read_text("utf-8"), defaults):
-                kit._defaults.cache_clear()
-                alive, pinned = survives(source, package, path, pins, cls, others)
-                counts["mutants"] += 1
-                counts["killed_by_properties"] += not alive
-                counts["killed_with_pins"] += not pinned
-                if alive:
-                    survivors.append({"mutant": f"{path.stem}.{name}", "pins_kill_it": not pinned})
-            sys.modules[f"{package}.{path.stem}"] = module
-            print(path.stem, counts, flush=True)
-    out.write_text(json.dumps({**counts, "survivors": survivors}, indent=1, ensure_ascii=False) + "\n", "utf-8")
+                mutated = Mutated(f"{package}.{path.stem}", path, source)
+                yield f"{path.stem}.{name}", *survives(mutated, cls, pins, others)
+
+
+def _plain(mutant: str) -> str:
+    """Its name without the line, which moves."""
+    return re.sub(r":\d+ ", " ", mutant, count=1)
 
 
 if __name__ == "__main__":

@@ -12,27 +12,28 @@ from prefopt.config import RunConfig, run_from
 from prefopt.config.yaml import parse
 from prefopt.plugins import Plugins, load
 
-TOGETHER = ("bench/test_suite.py", "bench/worlds/test_replies.py", "invariance/test_ranks.py", "tests/test_wheels.py")
+TOGETHER = ("tests/test_wheels.py", "bench/test_suite.py", "bench/worlds/test_replies.py", "invariance/test_ranks.py")
 """Files whose tests share something costly: one process runs them all."""
-LONG = ("test_commands_run_as_written",)
-"""Tests that begin before the many short ones, so that no process is left with them at the end."""
+FIRST = (*TOGETHER, "test_commands_run_as_written")
+"""What begins before the many short ones, so that no process is left with it at the end."""
 
 
 def pytest_xdist_make_scheduler(config: Any, log: Any) -> Any:
-    """Tests one by one to whichever process is free, those of `TOGETHER` file by file."""
+    """Tests one by one to whichever process is free, but those of `TOGETHER` file by file, and all that take a method
+    through the engine to one: they share its assembled run, and two processes."""
     from xdist.scheduler import LoadScopeScheduling
 
     class Scheduling(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.partition("::")[0]
-            return file if file.endswith(TOGETHER) else nodeid
+            return file if file.endswith(TOGETHER) else "engine" if "-engine_" in nodeid else nodeid
 
     return Scheduling(config, log)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The long ones first."""
-    items.sort(key=lambda item: not item.name.startswith(LONG))
+    """`FIRST`, in that order."""
+    items.sort(key=lambda item: next((i for i, name in enumerate(FIRST) if name in item.nodeid), len(FIRST)))
 
 
 @pytest.fixture(scope="session")

@@ -6,17 +6,12 @@ a model of two layers: a property that never met the engine would not count.
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
-from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any
 
 import torch
-from pydantic import ValidationError
-from pydantic.fields import FieldInfo
 from torch import Tensor
 
 from prefopt.batch import CONSTANT, Loss, Policy
@@ -27,6 +22,7 @@ from prefopt.rows import Comparison, Demonstration, Judgement, Ranking, Role, Ro
 from prefopt.testing.engine import installed
 from prefopt.testing.failure import ConformanceFailure, require
 from prefopt.testing.rollouts import best_and_worst, in_a_later_pass
+from prefopt.testing.settings import default, instance, label, others
 from prefopt.testing.synthetic import Synthetic, context
 from prefopt.testing.through import engine_bfloat16, engine_fast_path, engine_microbatches, engine_ranks
 
@@ -53,8 +49,8 @@ def conformance(*algorithms: type[Algorithm] | Algorithm) -> Callable[..., None]
     """A pytest test with one case for each algorithm and property: `test_conformance = conformance(MyMethod)`."""
     import pytest
 
-    @pytest.mark.parametrize("algorithm", algorithms, ids=_label)
     @pytest.mark.parametrize("name", PROPERTIES)
+    @pytest.mark.parametrize("algorithm", algorithms, ids=label)
     def test(algorithm: type[Algorithm] | Algorithm, name: str) -> None:
         if name != "written" and _failure("written", algorithm):
             pytest.skip("the loss is not written yet")
@@ -65,54 +61,15 @@ def conformance(*algorithms: type[Algorithm] | Algorithm) -> Callable[..., None]
     return test
 
 
-def pinned(path: Path, *algorithms: type[Algorithm] | Algorithm) -> Callable[..., None]:
-    """A pytest test that loss and gradient on a fixed batch are what `path` has kept of them: numbers change only on
-    purpose. `PREFOPT_PIN=1 pytest ...` writes the file."""
-    import pytest
-
-    found = {_label(a): pin(_instance(a)) for a in algorithms} if os.environ.get("PREFOPT_PIN") else None
-    if found is not None:
-        path.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", "utf-8")
-
-    @pytest.mark.parametrize("algorithm", algorithms, ids=_label)
-    def test(algorithm: type[Algorithm] | Algorithm) -> None:
-        kept = json.loads(path.read_text("utf-8")) if path.exists() else {}
-        assert pin(_instance(algorithm)) == pytest.approx(kept.get(_label(algorithm)), rel=1e-9), str(path)
-
-    return test
-
-
-def pin(algorithm: Algorithm) -> dict[str, float]:
-    """The loss on a fixed batch, and its gradient along a fixed direction, when two steps have left their state."""
-    loss, slopes = _third_step(algorithm)
-    return {"loss": loss.item(), **{f"d/d {n}": float((x * _direction(x)).sum()) for n, x in sorted(slopes.items())}}
-
-
-def _label(algorithm: type[Algorithm] | Algorithm) -> str:
-    if isinstance(algorithm, type):
-        return algorithm.name
-    made, changed = algorithm, algorithm.model_dump(exclude_defaults=True)
-    return " ".join([made.name, *(f"{key}={changed[key]}" for key in sorted(changed) if key != made.key)])
-
-
 def _failure(name: str, algorithm: type[Algorithm] | Algorithm) -> str:
     try:
-        PROPERTIES[name](_instance(algorithm))
+        PROPERTIES[name](instance(algorithm))
     except (ConformanceFailure, PrefoptError) as failure:
         return str(failure)
     return ""
 
 
-def _instance(algorithm: type[Algorithm] | Algorithm) -> Algorithm:
-    if not isinstance(algorithm, type):
-        return algorithm
-    made = _default(algorithm)
-    if made is None:
-        raise ConformanceFailure(f"{algorithm.__name__} has settings without defaults: pass an instance")
-    return made
-
-
-def _evaluate(algorithm: Algorithm, made: Synthetic) -> tuple[Loss, dict[str, Tensor]]:
+def evaluate(algorithm: Algorithm, made: Synthetic) -> tuple[Loss, dict[str, Tensor]]:
     """The loss and its gradient by each live output."""
     live = {name: x.clone().requires_grad_(name not in CONSTANT) for name, x in made.outputs.items()}
     loss = algorithm.loss(made.batch, Policy(live))
@@ -138,7 +95,7 @@ def _made(algorithm: Algorithm, **options: Any) -> Synthetic:
 def written(algorithm: Algorithm) -> None:
     """`loss` exists."""
     try:
-        _evaluate(algorithm, _made(algorithm))
+        evaluate(algorithm, _made(algorithm))
     except NotImplementedError as error:
         raise ConformanceFailure(str(error) or f"write {type(algorithm).__name__}.loss") from None
 
@@ -154,7 +111,7 @@ def finite(algorithm: Algorithm) -> None:
     for scale in (0.0, 1.0, 100.0, EXTREME):
         made = _made(algorithm, scale=scale)
         for part, precision in ((made, "float64"), (made.single(), "float32")):
-            loss, gradient = _evaluate(algorithm, part)
+            loss, gradient = evaluate(algorithm, part)
             size = f"for live outputs of size {scale:g} in {precision}"
             require(bool(loss.value.isfinite()), f"the loss is {loss.value.item()} {size}")
             for name, slope in gradient.items():
@@ -169,13 +126,13 @@ def gradient(algorithm: Algorithm) -> None:
     made = _made(algorithm)
     constants: list[Tensor] = []
     with holding(constants):
-        _, slopes = _evaluate(algorithm, made)
+        _, slopes = evaluate(algorithm, made)
     for name, slope in slopes.items():
         require(bool((slope != 0).any()), f"no gradient reaches `{name}`: leave it out of needs().during")
         if slope.dim() == 2:
             outside = bool((slope[~made.batch.mask] == 0).all())
             require(outside, f"padding gets a gradient through `{name}`: reduce it with batch.sum_tokens and the like")
-        expected, found = float((slope * _direction(slope)).sum()), _slope_along(algorithm, made, name, constants)
+        expected, found = float((slope * direction(slope)).sum()), _slope_along(algorithm, made, name, constants)
         close = abs(expected - found) <= 1e-4 * max(float(slope.norm()), abs(found))
         require(
             close,
@@ -184,7 +141,8 @@ def gradient(algorithm: Algorithm) -> None:
         )
 
 
-def _direction(like: Tensor) -> Tensor:
+def direction(like: Tensor) -> Tensor:
+    """A fixed direction of that shape."""
     return torch.randn(like.shape, generator=torch.Generator().manual_seed(1), dtype=torch.double)
 
 
@@ -192,7 +150,7 @@ def _slope_along(algorithm: Algorithm, made: Synthetic, name: str, constants: li
     """The central difference of the loss along the direction, its declared constants held."""
 
     def at(distance: float) -> float:
-        moved = made.outputs[name] + distance * _direction(made.outputs[name])
+        moved = made.outputs[name] + distance * direction(made.outputs[name])
         with torch.no_grad(), holding(constants):
             return float(algorithm.loss(made.batch, Policy({**made.outputs, name: moved})).value)
 
@@ -200,19 +158,26 @@ def _slope_along(algorithm: Algorithm, made: Synthetic, name: str, constants: li
 
 
 def at_the_start(algorithm: Algorithm) -> None:
-    """Where the policy is the reference the loss is `loss_at_init`, and a step moves completions as `moves` says."""
+    """Where the policy is the reference the loss is `loss_at_init`, whatever the settings, and a step moves completions
+    as `moves` says."""
     made = _made(algorithm, weights=(1.0,), at_reference=True)
-    loss, slopes = _evaluate(algorithm, made)
-    expected = algorithm.loss_at_init()
-    if expected is not None:
-        close = abs(float(loss.value.detach()) - expected) <= EXACT * max(1.0, abs(expected))
-        require(close, f"the loss where the policy is the reference is {loss.value.item():.9g}, not {expected:.9g}")
+    loss, slopes = evaluate(algorithm, made)
+    _starts_at(algorithm, loss.value)
+    for other in (other for name in type(algorithm).model_fields for other in others(algorithm, name)):
+        _starts_at(other, evaluate(other, _made(other, weights=(1.0,), at_reference=True))[0].value)
     name = "scores" if "scores" in slopes else "logps"
     if name in slopes:
         pull = -slopes[name].reshape(len(made.batch), -1).sum(1)
         for sign, (side, index) in zip(algorithm.moves, _sides(algorithm, made).items(), strict=False):
             if sign is not None:
                 _moved(pull[index], sign, side)
+
+
+def _starts_at(algorithm: Algorithm, loss: Tensor) -> None:
+    expected = algorithm.loss_at_init()
+    if expected is not None:
+        close = abs(float(loss.detach()) - expected) <= EXACT * max(1.0, abs(expected))
+        require(close, f"the loss where the policy is the reference is {loss.item():.9g}, not {expected:.9g}")
 
 
 def _sides(algorithm: Algorithm, made: Synthetic) -> dict[str, Tensor]:
@@ -243,7 +208,7 @@ def swap(algorithm: Algorithm) -> None:
     if algorithm.eats is not Comparison or sided:
         return
     made = _made(algorithm)
-    one, other = (_evaluate(algorithm, part)[0].metrics.get("reward/margin") for part in (made, made.turned()))
+    one, other = (evaluate(algorithm, part)[0].metrics.get("reward/margin") for part in (made, made.turned()))
     if one is not None and other is not None:
         _equal(one, -other, "reward/margin does not change its sign when chosen and rejected are exchanged")
 
@@ -253,8 +218,8 @@ def permutation(algorithm: Algorithm) -> None:
     made = _made(algorithm)
     groups = made.batch.group.tolist()
     order = sorted(range(len(groups)), key=lambda i: (-groups[i], i))
-    loss, slopes = _evaluate(algorithm, made)
-    other, turned = _evaluate(algorithm, made.select(order))
+    loss, slopes = evaluate(algorithm, made)
+    other, turned = evaluate(algorithm, made.select(order))
     _equal(loss.value, other.value, "the loss depends on the order of the batch")
     for name, slope in slopes.items():
         _equal(slope[order], turned[name], f"the gradient by `{name}` depends on the order of the batch")
@@ -265,9 +230,9 @@ def microbatches(algorithm: Algorithm) -> None:
     if algorithm.coupled:
         return
     made = _made(algorithm)
-    whole, slopes = _evaluate(algorithm, made)
+    whole, slopes = evaluate(algorithm, made)
     splits = _splits(made)
-    parts = [_evaluate(algorithm, made.select(index)) for index in splits]
+    parts = [evaluate(algorithm, made.select(index)) for index in splits]
     _equal(whole.value, sum(loss.value for loss, _ in parts), "the loss depends on how the batch is split")
     for name, value in whole.metrics.items():
         total = sum(loss.metrics[name] for loss, _ in parts)
@@ -296,8 +261,8 @@ def _equal(a: Tensor, b: Any, message: str) -> None:
 def padding(algorithm: Algorithm) -> None:
     """More padding, whatever it holds, changes nothing."""
     made = _made(algorithm)
-    loss, _ = _evaluate(algorithm, made)
-    wider, _ = _evaluate(algorithm, _padded(made))
+    loss, _ = evaluate(algorithm, made)
+    wider, _ = evaluate(algorithm, _padded(made))
     _equal(loss.value, wider.value, "the loss depends on padding")
     for name, value in loss.metrics.items():
         _equal(value, wider.metrics[name], f"metric `{name}` depends on padding")
@@ -323,7 +288,7 @@ def _padded(made: Synthetic) -> Synthetic:
 def sizes(algorithm: Algorithm) -> None:
     """One group and three groups work like any other number, and so do completions cut to one token."""
     for groups, longest in ((1, 7), (3, 7), (3, 2)):
-        loss, slopes = _evaluate(algorithm, _made(algorithm, groups=groups, longest=longest))
+        loss, slopes = evaluate(algorithm, _made(algorithm, groups=groups, longest=longest))
         good = bool(loss.value.isfinite()) and all(bool(slope.isfinite().all()) for slope in slopes.values())
         require(good, f"loss or gradient of {groups} groups of at most {longest - 1} tokens is not finite")
 
@@ -367,44 +332,14 @@ def _reads(run: Callable[[], object]) -> bool:
 def options(algorithm: Algorithm) -> None:
     """Every setting changes what is drawn, or loss or gradient of a fixed batch, or is refused: none is ignored."""
     algorithm = in_a_later_pass(algorithm)
-    for name, field in type(algorithm).model_fields.items():
+    for name in type(algorithm).model_fields:
         if name in algorithm.act_elsewhere:
             continue
-        others = list(_others(algorithm, name, field))
-        if others:
-            drawn = any(other.needs().draws != algorithm.needs().draws for other in others)
-            changed = drawn or any(_differ(algorithm, other) for other in others)
+        tried = list(others(algorithm, name))
+        if tried:
+            drawn = any(other.needs().draws != algorithm.needs().draws for other in tried)
+            changed = drawn or any(_differ(algorithm, other) for other in tried)
             require(changed, f"the setting `{name}` changes nothing; if it acts in `accept`, name it in act_elsewhere")
-
-
-def _others(algorithm: Algorithm, name: str, field: FieldInfo) -> Iterator[Algorithm]:
-    """The algorithm with other values of one setting, those that it accepts."""
-    for value in _values(getattr(algorithm, name), field.annotation):
-        try:
-            yield type(algorithm).model_validate({**algorithm.model_dump(), name: value})
-        except ValidationError:
-            continue
-
-
-def _values(value: Any, annotation: Any) -> Iterator[Any]:
-    """Other values of a setting: other members of a literal, other numbers."""
-    kinds = [annotation, *get_args(annotation)]
-    for kind in kinds:
-        if get_origin(kind) is Literal:
-            yield from (x for x in get_args(kind) if x != value)
-    if isinstance(value, bool):
-        yield not value
-    elif isinstance(value, int | float):
-        yield from (
-            type(value)(x) for x in (value * 2 + 1, value * 0.6, value + 0.05, value / 2 + 0.1, 0) if x != value
-        )
-    elif isinstance(value, Mapping):
-        yield from ({k: x for k, x in value.items() if k != left_out} for left_out in value)
-        yield from ({**value, k: x * 2} for k, x in value.items() if isinstance(x, int | float))
-    elif isinstance(value, tuple):
-        yield from (value[::-1], value[1:])
-    elif value is None:
-        yield from (0.3, 1, 2, 3)
 
 
 def _differ(one: Algorithm, other: Algorithm) -> bool:
@@ -414,41 +349,38 @@ def _differ(one: Algorithm, other: Algorithm) -> bool:
     return not all(x.shape == turned[n].shape and torch.allclose(x, turned[n], rtol=EXACT) for n, x in slopes.items())
 
 
-def _third_step(algorithm: Algorithm) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss and gradient when two steps have left their state."""
-    state: dict[str, Tensor] = {}
-    for seed in (1, 2):
-        _made(algorithm, seed=seed, state=state)
-    loss, slopes = _evaluate(algorithm, _made(algorithm, state=state))
+@cache
+def _kept(cls: type[Algorithm], settings: str) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss and gradient of a third step."""
+    algorithm = cls.model_validate_json(settings, strict=True)
+    loss, slopes = evaluate(algorithm, later(algorithm, {}))
     return loss.value, slopes
 
 
-def _default(cls: type[Algorithm]) -> Algorithm | None:
-    """The algorithm as it is without settings; None when it needs some."""
-    try:
-        return cls()
-    except ValidationError:
-        return None
-
-
-@cache
-def _kept(cls: type[Algorithm], settings: str) -> tuple[Tensor, dict[str, Tensor]]:
-    return _third_step(cls.model_validate_json(settings, strict=True))
+def later(algorithm: Algorithm, state: dict[str, Tensor], **options: Any) -> Synthetic:
+    """The batch of a third step, when two have left their `state`."""
+    for seed in (1, 2):
+        _made(algorithm, seed=seed, state=state, **options)
+    return _made(algorithm, state=state, **options)
 
 
 def distinct(algorithm: Algorithm) -> None:
     """No installed algorithm of another name is the same at its defaults."""
-    own = type(algorithm)
-    if algorithm != _default(own):
+    if algorithm != default(type(algorithm)):
         return
     for entry in installed().registry.all():
         other = entry.cls
         if issubclass(other, Algorithm) and other.eats is algorithm.eats and other.name != algorithm.name:
-            default = _default(other)
-            if default is None or _failure("written", default):  # whatever is wrong there is no fault of this one
-                continue
-            differ = _differ(in_a_later_pass(algorithm), in_a_later_pass(default))
+            theirs = _sound(other)
+            differ = theirs is None or _differ(in_a_later_pass(algorithm), in_a_later_pass(theirs))
             require(differ, f"it is `{other.name}` of {entry.distribution} under another name")
+
+
+@cache
+def _sound(cls: type[Algorithm]) -> Algorithm | None:
+    """An installed algorithm at its defaults; None when it has none or is broken, which is no fault of this one."""
+    made = default(cls)
+    return None if made is None or _failure("written", made) else made
 
 
 def state(algorithm: Algorithm) -> None:
@@ -460,7 +392,7 @@ def state(algorithm: Algorithm) -> None:
             again = type(algorithm).model_validate(algorithm.model_dump()) if fresh else algorithm
             made = _made(again, seed=seed, state=kept)
             kept = {name: x.clone() for name, x in _tensors(kept).items()}
-        losses.append(_evaluate(algorithm, made)[0].value.item())
+        losses.append(evaluate(algorithm, made)[0].value.item())
         kept = {}
     require(losses[0] == losses[1], "an algorithm made anew goes on differently: keep what must last in ctx.state")
 

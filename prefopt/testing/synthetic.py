@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as List
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -21,18 +21,21 @@ WEIGHTS = (1.0, 0.5, 2.0)
 
 
 def context(state: dict[str, Tensor] | None = None, step: int = 0) -> StepContext:
-    """A step's context whose random streams are fixed; it warns nobody."""
+    """A step's context whose random streams are fixed; what it warns of is recorded."""
     kept = {} if state is None else state
-    return StepContext(step, kept, lambda purpose: torch.Generator().manual_seed(step), warn=lambda message: None)
+    said = StepContext(step, kept, lambda purpose: torch.Generator().manual_seed(step))
+    said.warn = lambda message: said.record(f"warning: {message}", 1.0)
+    return said
 
 
 @dataclass(frozen=True)
 class Synthetic:
-    """A batch before and after `prepare`, and live outputs of the sequences that a loss sees."""
+    """A batch before and after `prepare`, what that recorded, and live outputs of the sequences that a loss sees."""
 
     raw: Batch
     batch: Batch
     outputs: dict[str, Tensor]
+    recorded: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -79,15 +82,16 @@ class Synthetic:
         cls, algorithm: Algorithm, raw: Batch, outputs: dict[str, Tensor], state: dict[str, Tensor] | None = None
     ) -> Synthetic:
         """After the algorithm's `prepare`; probes are left out, as the engine does."""
-        batch = algorithm.prepare(raw, context(state))
-        whole = cls(raw, batch, outputs)
+        around = context(state)
+        whole = cls(raw, algorithm.prepare(raw, around), outputs, around.recorded)
+        batch = whole.batch
         return whole if len(batch.trained) == len(batch) else whole.select(batch.trained)
 
     def select(self, index: list[int]) -> Synthetic:
         part = self.batch.select(index)
         width = part.mask.shape[1]
         outputs = {name: x[index][..., :width] if x.dim() == 2 else x[index] for name, x in self.outputs.items()}
-        return Synthetic(self.raw, part, outputs)
+        return replace(self, batch=part, outputs=outputs)
 
     def single(self) -> Synthetic:
         """The same in float32, as the engine has it."""
@@ -130,7 +134,7 @@ def _row(kind: type[Row], index: int, generator: torch.Generator, longest: int, 
             preference=(1.0, 0.75, 0.5)[index % 3],
             margin=0.1 + float(torch.rand((), generator=generator)),
         ),
-        Ranking: lambda: ranking(((1, 0, 2), (0, 1), (1, 1, 0))[index % 3]),
+        Ranking: lambda: ranking(((1, 0, 2), (0, 1), (1, 1, 0), (0, 0))[index % 4]),
         Judgement: lambda: Judgement(**shared, completion=completion(), desirable=index % 2 == 0),
         Rollout: lambda: rollout(draws, completion, **shared),
     }

@@ -14,7 +14,7 @@ from prefopt.batch import COLUMNS
 from prefopt.errors import PrefoptError
 from prefopt.maths import stop_gradient
 from prefopt.rows import Role
-from prefopt.testing import ConformanceFailure, check_algorithm, kit
+from prefopt.testing import ConformanceFailure, check_algorithm, kit, pinned
 
 
 class Base(Algorithm):
@@ -321,11 +321,11 @@ def test_all_that_fails_is_said_at_once():
 def test_a_pin_holds_numbers_until_they_are_changed_on_purpose(tmp_path, monkeypatch):
     path = tmp_path / "pins.json"
     monkeypatch.setenv("PREFOPT_PIN", "1")
-    kit.pinned(path, Base, Base(scale=2.0))
+    pinned(path, Base, Base(scale=2.0))
     monkeypatch.delenv("PREFOPT_PIN")
     kept = json.loads(path.read_text())
     assert set(kept) == {"base", "base scale=2.0"}
-    test = kit.pinned(path, Base)
+    test = pinned(path, Base)
     test(Base)
     kept["base"]["loss"] += 1e-6
     path.write_text(json.dumps(kept))

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 from pydantic import PositiveFloat
 
 from prefopt.api import Algorithm, Batch, Comparison, Loss, Needs, Policy
-from prefopt.maths import preference_nll
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,7 +36,7 @@ class FreeMethod(Algorithm):
 
     def pair_loss(self, chosen: Tensor, rejected: Tensor) -> Tensor:
         """The loss of each pair from its rewards. [P], [P] -> [P]"""
-        return preference_nll(chosen - rejected)
+        raise NotImplementedError(f"write {type(self).__name__}.pair_loss")
 
     def likelihood(self, batch: Batch, policy: Policy) -> Tensor:
         """The negative log-likelihood of the step's chosen sides, of one token."""
