@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 from prefopt_dpo import DPO
+from prefopt_dpo.margins import OffsetDPO
 
-from prefopt.api import Batch, Policy, Role
+from prefopt.api import Batch, Comparison, Completion, DataError, Policy, Role
 
 LENGTHS = [2, 3, 1, 4]
 POLICY = [[-0.5, -1.0], [-2.0, -0.1, -0.7], [-0.3], [-1.1, -0.9, -0.2, -0.4]]
@@ -69,3 +70,9 @@ def test_swapping_chosen_and_rejected_turns_the_margin_round():
     turned = Batch.build([[1] * n for n in LENGTHS], role=[2, 1, 1, 2], group=[0, 0, 1, 1], columns=batch.columns)
     one, two = (DPO().loss(b, Policy({"logps": logps})).metrics["reward/margin"].item() for b in (batch, turned))
     assert one == -two != 0
+
+
+def test_a_margin_without_a_logarithm_is_refused():
+    row = Comparison(prompt="p", chosen=Completion("a"), rejected=Completion("b"), margin=0.0)
+    with pytest.raises(DataError, match="takes the logarithm of a row's margin, and this one's is 0"):
+        OffsetDPO().arrange([row])
