@@ -168,7 +168,7 @@ def _costs(algorithm: Algorithm) -> Iterator[str]:
     needs = algorithm.needs()
     yield "one model in training"
     yield from map(_drawn, needs.draws)
-    if (needs.draws and needs.reference) or "token_kl" in needs.during:
+    if "token_kl" in needs.during or (needs.draws and needs.reference):
         yield "the reference in memory beside it, and its forward pass in every step"
     elif needs.reference:
         again = needs.columns.get("old_logps") == {Role.PROBE}  # whose partners change with the order
