@@ -6,6 +6,7 @@ Rows are text, `Batch` is tokens, a component is what you contribute, `hookimpl`
 from prefopt.batch import Batch, Draw, Loss, Needs, Policy, StepContext
 from prefopt.components import (
     Algorithm,
+    Arena,
     Comparer,
     Component,
     DataSource,
@@ -59,6 +60,7 @@ from prefopt.rows import (
 
 __all__ = [
     "Algorithm",
+    "Arena",
     "Batch",
     "Comparer",
     "Comparison",

@@ -356,6 +356,23 @@ class LanguageModel(Protocol):
     def decode(self, ids: List[int]) -> str:
         """The text of completion tokens, without special tokens."""
 
+    def arena(self, slots: int, capacity: int) -> Arena:
+        """Room for `slots` rows of at most `capacity` tokens."""
+
+
+class Arena(Protocol):
+    """What a model has read of rows that go on, one in each slot: its keys and values."""
+
+    def read(self, prompts: List[tuple[int, ...]], slots: List[int]) -> None:
+        """Reads each prompt from the beginning of its slot. What the slot held is lost."""
+
+    def copy(self, source: int, targets: List[int], length: int) -> None:
+        """Puts the first `length` tokens of a slot into others."""
+
+    def advance(self, tokens: Tensor, positions: Tensor, width: int) -> Tensor:
+        """Reads one token more in each of the first n slots, behind what stands before its position. `tokens` and
+        `positions` [n], all of these below `width`. The logits after it, [n, V]."""
+
 
 Drawer = Callable[[List[Request]], Iterable[tuple[int, Completion]]]
 """Draws one completion for each request and gives them as they are finished, each with the place of its request."""

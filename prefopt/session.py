@@ -176,7 +176,7 @@ class Session:
         optimizer = Optimizer(scorer, config.optim, self._lasting(scorer), self._critic_scale)
         data = (inputs.assembler, inputs.order, inputs.total)
         loop = Loop(config.algorithm, config.optim, *data, config.run.seed, forwarder, optimizer, reference, inputs.mix)
-        loop.warn = self.warn if self.ranks.main else _unsaid
+        loop.warn = self._warn
         loop.collector = self._collector(loop)
         evaluator = self._evaluator(loop, inputs.held_out)
         if isinstance(reference, Cached):
@@ -207,7 +207,7 @@ class Session:
         scorer = self._on_device(scorer)
         if critic is not None:
             other, self.critic_tokenizer = load_critic(critic.path, self.tokenizer, self.config.run.seed)
-            scorer.value_by(self._on_device(other), self.warn if self.ranks.main else _unsaid)
+            scorer.value_by(self._on_device(other), self._warn)
         return scorer
 
     @property
@@ -222,7 +222,7 @@ class Session:
         size = sum(p.numel() for p in scorer.network.parameters())
         self._small = size <= SMALL and self.ranks.device.type == "cpu"
         if self.config.optim.forward == "fast":
-            scorer.paths = probe(scorer, self.warn if self.ranks.main else _unsaid, self.config.optim.head_bytes)
+            scorer.paths = probe(scorer, self._warn, self.config.optim.head_bytes)
         return scorer
 
     def _lasting(self, scorer: Scorer) -> list[nn.Parameter]:
@@ -255,7 +255,7 @@ class Session:
             return AdapterOff(scorer, device, budget, dtype, self._temperature)
         other = self._initial()
         if live:
-            scorer.compare_with(other, self.warn if self.ranks.main else _unsaid)
+            scorer.compare_with(other, self._warn)
         if settings.every is not None and settings.mix is not None:
             return Moving(other, device, budget, dtype, self._temperature, every=settings.every, mix=settings.mix)
         return Resident(other, device, budget, dtype, self._temperature)
@@ -263,6 +263,11 @@ class Session:
     def _initial(self) -> Scorer:
         """A second copy of the reference model."""
         return self._on_device(Scorer(load_causal(self._initial_config)))
+
+    @property
+    def _warn(self) -> Callable[[str], None]:
+        """Says something on one rank alone."""
+        return self.warn if self.ranks.main else _unsaid
 
     # --- sampling while training ------------------------------------------------------------------------------------
 
@@ -294,11 +299,11 @@ class Session:
 
     def _drawer(self, loop: Loop, draw: Draw) -> Drawer:
         """The sampler on the model that a draw comes from."""
-        policy = Model(loop.scorer.network, self.tokenizer, self.ranks.device)
+        policy = Model(loop.scorer.network, self.tokenizer, self.ranks.device, self._warn)
         if draw.source == "policy":
             return self._sampler.open(policy)
         assert isinstance(loop.reference, Resident), "a run that draws from the reference keeps it in memory"
-        reference = Model(loop.reference.network, self.tokenizer, self.ranks.device)
+        reference = Model(loop.reference.network, self.tokenizer, self.ranks.device, self._warn)
         if draw.source == "reference":
             return self._sampler.open(reference)
         return self._sampler.open(policy, reference, draw.mix)
@@ -333,9 +338,9 @@ class Session:
         if self.config.algorithm.trains_reward:
             scorer = RewardModel(loop.scorer, renderer, self.ranks.device)
             return lambda step, rows: Measured(rows, self.services, renderer, scorer=scorer)
-        sampler = self._sampler
-        policy = Model(loop.scorer.network, self.tokenizer, self.ranks.device)
-        other = open_model(self._initial_config, self.ranks.device)
+        sampler, warn = self._sampler, self._warn
+        policy = Model(loop.scorer.network, self.tokenizer, self.ranks.device, warn)
+        other = open_model(self._initial_config, self.ranks.device, warn)
 
         def subject(step: int, rows: List[Row]) -> Measured:
             prompts = adapt(rows, Prompt)
@@ -482,6 +487,6 @@ def _all(group: Rollout) -> bool:
 
 def default_sampler(plugins: Plugins) -> Sampler:
     """The sampler of a configuration that names none."""
-    sampler = plugins.find("sampler", "prefopt:plain")()
+    sampler = plugins.find("sampler", "prefopt:continuous")()
     assert isinstance(sampler, Sampler)
     return sampler

@@ -2,6 +2,7 @@
 
 from prefopt.api import Algorithm, DataSource, RewardSource, Sampler, hookimpl
 from prefopt.builtin.algorithms import DynamicFineTuning, RewardModel, RewardModelListwise, SupervisedFineTuning
+from prefopt.builtin.continuous import Continuous
 from prefopt.builtin.rewards import TrainedReward
 from prefopt.builtin.samplers import Plain
 from prefopt.builtin.sources import SOURCES
@@ -24,4 +25,4 @@ def prefopt_datasets() -> list[type[DataSource]]:
 
 @hookimpl
 def prefopt_samplers() -> list[type[Sampler]]:
-    return [Plain]
+    return [Plain, Continuous]

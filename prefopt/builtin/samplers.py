@@ -25,6 +25,25 @@ else:
     torch = lazy_import("torch")
 
 
+def room(models: List[LanguageModel], request: Request, most: int) -> int:
+    """How many tokens, at most `most`, all models can read behind the prompt. Raises `DataError` when it leaves no
+    room."""
+    limits = [model.positions for model in models if model.positions is not None]
+    if not limits:
+        return most
+    left = min(limits) - len(request.prompt)
+    if left < 1:
+        what = f"a prompt has {len(request.prompt)} tokens, and the model can read {min(limits)}"
+        raise DataError(what, fix="Shorten it: the reply needs room too.")
+    return min(most, left)
+
+
+def uniforms(request: Request, count: int) -> np.ndarray:
+    """The uniform number for each token of a completion, in double precision. They depend on the request's key alone;
+    asking for more of them changes none."""
+    return np.random.Generator(np.random.Philox(key=request.key)).random(count)
+
+
 class Plain(Sampler):
     """Ancestral sampling from the model's distribution, with a cache of keys and values.
 
@@ -62,20 +81,9 @@ class Plain(Sampler):
         order = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt))
         for first in range(0, len(order), self.batch):
             part = order[first : first + self.batch]
-            rows = [_Row(requests[i], self._room(models, requests[i])) for i in part]
+            rows = [_Row(requests[i], room(models, requests[i], self.max_new_tokens)) for i in part]
             self._decode(models, mix, rows)
             yield from zip(part, (row.completion(models[0]) for row in rows), strict=True)
-
-    def _room(self, models: List[LanguageModel], request: Request) -> int:
-        """The most tokens to draw. Raises `DataError` for a prompt that leaves no room."""
-        limits = [model.positions for model in models if model.positions is not None]
-        if not limits:
-            return self.max_new_tokens
-        room = min(limits) - len(request.prompt)
-        if room < 1:
-            what = f"a prompt has {len(request.prompt)} tokens, and the model can read {min(limits)}"
-            raise DataError(what, fix="Shorten it: the reply needs room too.")
-        return min(self.max_new_tokens, room)
 
     def _decode(self, models: List[LanguageModel], mix: float, rows: list[_Row]) -> None:
         """Fills the rows, all standing at the same position, until each has ended or is full."""
@@ -123,7 +131,7 @@ class _Row:
 
     @cached_property
     def uniforms(self) -> Any:
-        return np.random.Generator(np.random.Philox(key=self.request.key)).random(self.room)
+        return uniforms(self.request, self.room)
 
     def add(self, token: int, logp: float) -> None:
         self.ids.append(token)

@@ -322,7 +322,7 @@ class RunConfig(Section):
     rollout: RolloutConfig = RolloutConfig()
     eval: EvalConfig | None = None
     sampler: Sampler | None = None
-    """How to draw completions. Default: `plain`."""
+    """How to draw completions. Default: `continuous`."""
     run: RunSection
     plugins: PluginsConfig = PluginsConfig()
 

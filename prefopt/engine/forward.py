@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -186,20 +187,21 @@ class Scorer(nn.Module):
     def _inputs(self, packed: Packed) -> dict[str, Any]:
         inputs: dict[str, Any] = {"input_ids": packed.ids, "attention_mask": packed.attention, "use_cache": False}
         if packed.branch is not None and packed.positions is not None:
-            mask = masks(self.config, packed.branch, packed.positions)
+            mask = masks(self.config, partial(tree_mask, packed.branch, packed.positions))
             inputs |= {"attention_mask": mask, "position_ids": packed.positions}
         return inputs
 
 
-def masks(config: Any, branch: Tensor, positions: Tensor) -> Tensor | dict[str, Tensor]:
-    """The tree mask as a model wants it: with its sliding window, one for each type of layer, added or selecting."""
+def masks(config: Any, visible: Callable[[int | None], Tensor]) -> Tensor | dict[str, Tensor]:
+    """A mask as a model wants it: with its sliding window, one for each type of layer, added or selecting. `visible`
+    makes it from a window, true at what may be seen."""
     window = getattr(config, "sliding_window", None)
     kinds = set(getattr(config, "layer_types", None) or [])
     if kinds - {"full_attention", "sliding_attention"}:
         raise NotImplementedError(f"no mask is known for layers of type {', '.join(sorted(kinds))}")
 
     def made(window: int | None) -> Tensor:
-        allowed = tree_mask(branch, positions, window)
+        allowed = visible(window)
         if config._attn_implementation != "eager":
             return allowed
         return torch.zeros(allowed.shape, device=allowed.device).masked_fill_(~allowed, torch.finfo(torch.float32).min)

@@ -24,11 +24,12 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from prefopt.components import Recipe
+from prefopt.components import Arena, Recipe
 from prefopt.config import ModelConfig
 from prefopt.data.render import Tokenizer, load_tokenizer
 from prefopt.data.streams import derive
 from prefopt.engine import lora
+from prefopt.engine.arena import arena
 from prefopt.engine.forward import Scorer
 from prefopt.errors import ConfigError, ResourceError
 
@@ -42,11 +43,13 @@ TRAIN_ONE = "Train one with algorithm reward_model, or name a sequence classifie
 
 @dataclass(frozen=True)
 class Model:
-    """A network with its tokenizer, on a device: what samplers and evaluations see."""
+    """A network with its tokenizer, on a device: what samplers and evaluations see. `warn` hears once when it cannot be
+    sampled from fast."""
 
     network: nn.Module
     tokenizer: Tokenizer
     device: torch.device
+    warn: Callable[[str], None] = print
 
     @property
     def end_ids(self) -> frozenset[int]:
@@ -62,6 +65,9 @@ class Model:
 
     def decode(self, ids: Any) -> str:
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    def arena(self, slots: int, capacity: int) -> Arena:
+        return arena(self.network, slots, capacity, self.warn)
 
 
 def load_causal(config: ModelConfig, seed: int = 0) -> nn.Module:
@@ -228,7 +234,7 @@ def save(scorer: Scorer, tokenizer: Tokenizer, folder: Path, state: Mapping[str,
         save_file(head, folder / "value_head.safetensors")
 
 
-def open_model(model: ModelConfig | str, device: torch.device) -> Model:
+def open_model(model: ModelConfig | str, device: torch.device, warn: Callable[[str], None] = print) -> Model:
     """A saved causal model, by its settings or its path, for sampling and scoring."""
     config = ModelConfig(path=model) if isinstance(model, str) else model
-    return Model(load_causal(config).to(device), load_tokenizer(config.path, config.trust_remote_code), device)
+    return Model(load_causal(config).to(device), load_tokenizer(config.path, config.trust_remote_code), device, warn)

@@ -34,7 +34,7 @@ def probe(scorer: Scorer, warn: Callable[[str], None], keep_bytes: int = KEEP_BY
     tiled = [Paths(layout, tiled=True, keep_bytes=keep_bytes, reach=reach) for layout in ("shared", "causal")]
     whole = [Paths(layout, reach=reach) for layout in ("shared", "causal")]
     try:
-        with _narrow(scorer.config):
+        with narrow(scorer.config):
             expected = _numbers(scorer, PLAIN, alone=True)
             for paths in (*tiled, *whole, PLAIN):
                 reason = _disagreement(scorer, paths, expected)
@@ -85,7 +85,7 @@ def _tokens(scorer: Scorer) -> list[Tokens]:
 
 
 @contextmanager
-def _narrow(config: Any) -> Iterator[None]:
+def narrow(config: Any) -> Iterator[None]:
     """A sliding window narrower than the probe."""
     window = getattr(config, "sliding_window", None)
     if window is None:

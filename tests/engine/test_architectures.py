@@ -8,10 +8,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from prefopt.data.render import Tokens
+from prefopt.api import Request
+from prefopt.builtin.continuous import Continuous
+from prefopt.builtin.samplers import Plain
+from prefopt.data.render import Tokens, load_tokenizer
 from prefopt.engine.forward import Scorer, run
 from prefopt.engine.layout import PLAIN, Paths
-from prefopt.engine.models import build
+from prefopt.engine.models import Model, build
 from prefopt.engine.probe import probe
 from prefopt.engine.recompute import prepare
 from prefopt.testing.tiny import tiny_recipe
@@ -85,6 +88,22 @@ def test_fast_equals_plain_in_value_and_gradient(model, layout):
         found = outputs_and_slopes(model, Paths(layout, tiled=True, keep_bytes=keep_bytes), in_place)
         for name, x in expected.items():
             assert torch.allclose(found[name], x, atol=1e-5), name
+
+
+def test_rows_in_slots_are_drawn_as_plain_ones(model):
+    """The same tokens and log-probabilities, without a fallback, beyond the sliding windows."""
+    heard: list[str] = []
+    network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    opened = Model(network, load_tokenizer(str(model)), CPU, heard.append)
+    wanted = [Request(((5, 6, 7, 12, 13, 14), (20,), (9, 8, 7))[i % 3], i) for i in range(9)]
+    plain, slots = (
+        dict(sampler.open(opened)(wanted))
+        for sampler in (Plain(max_new_tokens=9), Continuous(max_new_tokens=9, slots=4))
+    )
+    assert not heard
+    for i, completion in plain.items():
+        assert slots[i].ids == completion.ids
+        assert slots[i].logps == pytest.approx(completion.logps, abs=1e-5)
 
 
 def without_classifier(model) -> None:

@@ -1,0 +1,160 @@
+"""Sampling: prefopt's continuous batching and transformers' `generate` as TRL calls it, with one model and prompts.
+
+    python benchmarks/rollout.py WORKLOAD OUT.json [--prompts 8] [--samples 8] [--slots 32] [--blocks 3]
+
+WORKLOAD is made by `compare/workload.py`. `generate` gets n copies of every prompt, padded on the left, and goes on
+until the longest completion ends. Greedy texts of both sides are compared first and must be equal. Then blocks
+alternate, each in a process of its own. *uneven*: an untrained model hardly ever ends by itself, so a constant is added
+to the end's logit on both sides that makes MEAN tokens the mean length, a geometric distribution cut at LONGEST.
+*equal*: no completion ends before EQUAL tokens. What counts are tokens of completions, with their end, without padding.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+MEAN, LONGEST, EQUAL, GREEDY = 32, 128, 48, 32
+PROMPT = 192
+SIDES = ("prefopt", "generate")
+Prompts = list[tuple[int, ...]]
+
+
+def read_prompts(workload: Path, count: int, samples: int) -> Prompts:
+    """Random prompts of at most PROMPT tokens, each `samples` times."""
+    from transformers import AutoTokenizer
+
+    reader = AutoTokenizer.from_pretrained(workload / "model")
+    rows = [json.loads(line)["prompt"] for line in (workload / "pairs.jsonl").read_text("utf-8").splitlines()]
+    random.Random(0).shuffle(rows)
+    ids = (tuple(reader(text)["input_ids"]) for text in rows)
+    fitting = [prompt for prompt, _ in zip((i for i in ids if len(i) <= PROMPT), range(count), strict=False)]
+    return [prompt for prompt in fitting for _ in range(samples)]
+
+
+@torch.no_grad()
+def lean_to_the_end(network: Any, prompts: Prompts, mean: float | None) -> None:
+    """Adds to the end's logit what makes its probability 1 / mean behind the prompts; without a mean it never comes."""
+    end, shift = network.config.eos_token_id, -torch.inf
+    if mean is not None:
+        last = torch.stack([network(torch.tensor([prompt])).logits[0, -1] for prompt in dict.fromkeys(prompts)])
+        rest = torch.cat([last[:, :end], last[:, end + 1 :]], dim=1).logsumexp(1)
+        shift = float((rest - last[:, end]).mean() - torch.log(torch.tensor(mean - 1)))
+
+    def hook(module: Any, inputs: Any, logits: torch.Tensor) -> torch.Tensor:
+        logits[..., end] += shift
+        return logits
+
+    network.get_output_embeddings().register_forward_hook(hook)
+
+
+def generate(model: Any, prompts: Prompts, most: int, greedy: bool) -> list[list[int]]:
+    from transformers import GenerationConfig
+
+    network, (end,) = model.network, model.end_ids
+    width = max(map(len, prompts))
+    ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts])
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+    torch.manual_seed(0)
+    config = GenerationConfig(
+        max_new_tokens=most, do_sample=not greedy, top_k=0, eos_token_id=end, pad_token_id=0, disable_compile=True
+    )
+    out = network.generate(input_ids=ids, attention_mask=mask, generation_config=config)[:, width:].tolist()
+    return [row[: row.index(end) + 1] if end in row else row for row in out]
+
+
+def continuous(model: Any, prompts: Prompts, most: int, greedy: bool, slots: int) -> list[list[int]]:
+    from prefopt.api import Request
+    from prefopt.builtin.continuous import Continuous
+
+    drawer = Continuous(max_new_tokens=most, slots=slots, greedy=greedy).open(model)
+    found = dict(drawer([Request(prompt, i) for i, prompt in enumerate(prompts)]))
+    return [list(found[i].ids or ()) for i in range(len(prompts))]
+
+
+def work(options: argparse.Namespace) -> None:
+    """One block of one side: prints what it took."""
+    from prefopt.engine.models import open_model
+
+    torch.set_num_threads(2)
+    side, kind = options.work
+    model: Any = open_model(str(options.workload / "model"), torch.device("cpu"))
+    greedy = kind == "greedy"
+    prompts = read_prompts(options.workload, options.prompts, 1 if greedy else options.samples)
+    lean_to_the_end(model.network, prompts, MEAN if kind == "uneven" else None)
+    most = {"greedy": GREEDY, "uneven": LONGEST, "equal": EQUAL}[kind]
+    more = (options.slots,) if side == "prefopt" else ()
+    draw: Any = continuous if side == "prefopt" else generate
+    draw(model, prompts[:2], 2, greedy, *more)
+    before, began = peak_mb(), time.perf_counter()
+    texts = draw(model, prompts, most, greedy, *more)
+    seconds, tokens = time.perf_counter() - began, sum(map(len, texts))
+    found = {"seconds": seconds, "tokens": tokens, "longest": max(map(len, texts)), "peak_mb": peak_mb()}
+    print(json.dumps({**found, "before_mb": before, "texts": texts if greedy else []}))
+
+
+def peak_mb() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def block(options: argparse.Namespace, side: str, kind: str) -> dict[str, Any]:
+    """Runs one in a process of its own."""
+    sizes = [f"--{name}={getattr(options, name)}" for name in ("prompts", "samples", "slots")]
+    command = [sys.executable, __file__, str(options.workload), str(options.out), *sizes, "--work", side, kind]
+    environment = {**os.environ, "OMP_NUM_THREADS": "2", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
+
+
+def compare(options: argparse.Namespace, kind: str) -> dict[str, Any]:
+    """Blocks of both sides in turn: medians, and the ratio of each pair of blocks."""
+    blocks: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
+    for _ in range(options.blocks):
+        for side in SIDES:
+            found = block(options, side, kind)
+            blocks[side].append({name: x for name, x in found.items() if name != "texts"})
+            rate = found["tokens"] / found["seconds"]
+            print(f"{kind} {side}: {rate:.0f} tokens/s, {found['peak_mb']:.0f} MB", flush=True)
+    rates = {side: [b["tokens"] / b["seconds"] for b in blocks[side]] for side in SIDES}
+    return {
+        "tokens_per_second": {side: median(rates[side]) for side in SIDES},
+        "peak_mb": {side: median(b["peak_mb"] for b in blocks[side]) for side in SIDES},
+        "ratio": median(rates["prefopt"]) / median(rates["generate"]),
+        "ratios": [a / b for a, b in zip(rates["prefopt"], rates["generate"], strict=True)],
+        "blocks": blocks,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("workload", type=Path)
+    parser.add_argument("out", type=Path)
+    for name, default in {"prompts": 8, "samples": 8, "slots": 32, "blocks": 3}.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--work", nargs=2, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.work:
+        work(options)
+        return
+    texts = [block(options, side, "greedy")["texts"] for side in SIDES]
+    if texts[0] != texts[1]:
+        raise SystemExit("the greedy texts of both sides differ")
+    settings = {"mean": MEAN, "longest": LONGEST, "equal": EQUAL, "prompts": options.prompts}
+    settings |= {"samples": options.samples, "slots": options.slots, "torch": torch.__version__}
+    found = {"settings": settings, **{kind: compare(options, kind) for kind in ("uneven", "equal")}}
+    options.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,239 @@
+"""Keys and values of rows in progress, in slots allocated once: no row is moved when another grows, ends or begins.
+
+It knows slots, tokens and positions; which rows there are, and how their tokens are chosen, is the sampler's business.
+Whether a model can be advanced this way is found out by comparing a few steps with each row read whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Sequence as List
+from functools import partial
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from prefopt.components import Arena
+from prefopt.engine.fewrows import few_rows
+from prefopt.engine.forward import masks
+from prefopt.engine.probe import WINDOW, narrow
+
+READ_TOKENS = 2048
+"""Tokens of prompts read in one forward pass, with padding."""
+BLOCK = 64
+"""Places made ready at a time."""
+TOLERANCE = 1e-4
+PROMPTS = ((5, 6, 7, 8, 9, 10, 11), (3,), (5, 6, 7, 8), (9, 8, 7, 6, 5, 4, 3, 2, 1))
+STEPS = 2 * WINDOW
+
+Store = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+class Layer(CacheLayerMixin):  # type: ignore[misc]
+    """One layer's keys and values, [slots, heads, capacity, size]. What a forward pass does with them is set before it:
+    read prompts, or advance rows by a token."""
+
+    is_sliding = False
+
+    def __init__(self, slots: int, capacity: int) -> None:
+        super().__init__()
+        self.slots, self.capacity, self.ready = slots, capacity, 0
+        self.store: Store | None = None
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.keys, self.values = (
+            x.new_empty(self.slots, x.shape[1], self.capacity, x.shape[3]) for x in (key_states, value_states)
+        )
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        assert self.store is not None
+        return self.store(key_states, value_states)
+
+    def begin(self, slots: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Prompts [n, heads, T, size] into their slots; a prompt sees itself alone."""
+        size = keys.shape[2]
+        self._prepare(size)
+        self.keys[slots, :, :size], self.values[slots, :, :size] = keys, values
+        return keys, values
+
+    def extend(
+        self, rows: Tensor, positions: Tensor, width: int, keys: Tensor, values: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """One token into each of the first n slots; a row sees what stands there."""
+        self._prepare(width)
+        self.keys[rows, :, positions], self.values[rows, :, positions] = keys[:, :, 0], values[:, :, 0]
+        return self.keys[: len(rows), :, :width], self.values[: len(rows), :, :width]
+
+    def copy(self, source: int, targets: Tensor, length: int) -> None:
+        for x in (self.keys, self.values):
+            x[targets, :, :length] = x[source, :, :length]
+
+    def _prepare(self, width: int) -> None:
+        """Numbers must stand where a mask hides them: 0 times what memory happens to hold may be no number."""
+        if width > self.ready:
+            end = min(self.capacity, -(-width // BLOCK) * BLOCK)
+            for x in (self.keys, self.values):
+                x[:, :, self.ready : end] = 0
+            self.ready = end
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return query_length, 0
+
+    def get_seq_length(self) -> int:
+        return 0
+
+    def get_max_length(self) -> int:
+        return self.capacity
+
+
+class Slots:
+    """Implements `prefopt.components.Arena` with one cache for all rows, through the model's own attention."""
+
+    def __init__(self, network: Any, slots: int, capacity: int) -> None:
+        self.network = network
+        self.config = self.network.config.get_text_config()
+        vectors = self.network.get_input_embeddings().weight
+        self.device, self.dtype = vectors.device, vectors.dtype
+        self.layers = [Layer(slots, capacity) for _ in range(self.config.num_hidden_layers)]
+        self.cache = Cache(layers=self.layers)
+
+    @torch.no_grad()
+    def read(self, prompts: List[tuple[int, ...]], slots: List[int]) -> None:
+        order = sorted((i for i, prompt in enumerate(prompts) if prompt), key=lambda i: len(prompts[i]))
+        while order:
+            fitting = max(1, READ_TOKENS // len(prompts[order[-1]]))
+            part, order = order[-fitting:], order[:-fitting]
+            self._pass("begin", torch.tensor([slots[i] for i in part], device=self.device))
+            ids = pad_sequence([torch.tensor(prompts[i]) for i in part], batch_first=True)
+            self.network.base_model(input_ids=ids.to(self.device), past_key_values=self.cache, use_cache=True)
+
+    def copy(self, source: int, targets: List[int], length: int) -> None:
+        index = torch.tensor(targets, device=self.device)
+        for layer in self.layers:
+            if length and layer.is_initialized:
+                layer.copy(source, index, length)
+
+    @torch.no_grad()
+    def advance(self, tokens: Tensor, positions: Tensor, width: int) -> Tensor:
+        self._pass("extend", torch.arange(len(tokens), device=self.device), positions, width)
+        with few_rows(len(tokens), self.device, self.dtype):
+            out = self.network(
+                input_ids=tokens[:, None],
+                attention_mask=masks(self.config, partial(_visible, positions, width)),
+                position_ids=positions[:, None],
+                past_key_values=self.cache,
+                use_cache=True,
+            )
+        return out.logits[:, 0]  # type: ignore[no-any-return]
+
+    def _pass(self, name: str, *arguments: Any) -> None:
+        for layer in self.layers:
+            layer.store = partial(getattr(layer, name), *arguments)
+
+
+def _visible(positions: Tensor, width: int, window: int | None) -> Tensor:
+    """What rows at `positions` [n] may see of their first `width` places, [n, 1, 1, width].
+
+    >>> _visible(torch.tensor([1, 3]), 4, 2).int().view(2, 4)
+    tensor([[1, 1, 0, 0],
+            [0, 0, 1, 1]], dtype=torch.int32)
+    """
+    behind = positions[:, None] - torch.arange(width, device=positions.device)
+    seen = behind >= 0 if window is None else (behind >= 0) & (behind < window)
+    return seen[:, None, None]
+
+
+class Apart:
+    """Implements `prefopt.components.Arena` for every model: each row with a cache of its own, whatever that is."""
+
+    def __init__(self, network: Any) -> None:
+        self.network = network
+        self.device = self.network.get_input_embeddings().weight.device
+        self.tokens: dict[int, tuple[int, ...]] = {}
+        self.caches: dict[int, Any] = {}
+        self.logits: dict[int, Tensor] = {}
+
+    def read(self, prompts: List[tuple[int, ...]], slots: List[int]) -> None:
+        for prompt, slot in zip(prompts, slots, strict=True):
+            self.tokens[slot], self.caches[slot] = (), None
+            if prompt:
+                self._feed(slot, prompt)
+
+    def copy(self, source: int, targets: List[int], length: int) -> None:
+        self.read([self.tokens[source][:length]] * len(targets), targets)
+
+    def advance(self, tokens: Tensor, positions: Tensor, width: int) -> Tensor:
+        for slot, (token, position) in enumerate(zip(tokens.tolist(), positions.tolist(), strict=True)):
+            if position == len(self.tokens[slot]):
+                self._feed(slot, (token,))
+        return torch.stack([self.logits[slot] for slot in range(len(tokens))])
+
+    @torch.no_grad()
+    def _feed(self, slot: int, tokens: tuple[int, ...]) -> None:
+        ids = torch.tensor([tokens], device=self.device)
+        out = self.network(input_ids=ids, past_key_values=self.caches[slot], use_cache=True)
+        self.tokens[slot] += tokens
+        self.caches[slot], self.logits[slot] = out.past_key_values, out.logits[0, -1]
+
+
+_found: WeakKeyDictionary[nn.Module, str | None] = WeakKeyDictionary()
+
+
+def arena(network: nn.Module, slots: int, capacity: int, warn: Callable[[str], None]) -> Arena:
+    """The fastest arena whose steps give what the network gives for each row read whole. `warn` hears once why it is
+    the slow one."""
+    if network not in _found:
+        _found[network] = reason = disagreement(network)
+        if reason is not None:
+            warn(f"rows are drawn one by one: keys and values of many do not hold for this model: {reason}")
+    return Slots(network, slots, capacity) if _found[network] is None else Apart(network)
+
+
+def disagreement(network: Any) -> str | None:
+    """Why rows of different lengths in slots, one of them forked and one moved, give other logits than each read
+    whole; None where they do not. A sliding window is narrowed meanwhile, so that rows reach beyond it."""
+    try:
+        with narrow(network.config.get_text_config()):
+            found, expected = _stepped(network), _whole(network)
+    except (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError, KeyError, IndexError) as error:
+        return f"{type(error).__name__}: {str(error).partition(chr(10))[0][:120]}"
+    off = float((found - expected).abs().amax() / (1 + expected.abs().amax()))
+    return None if off <= TOLERANCE else f"they differ by {off:.1g}"
+
+
+def _rows() -> list[tuple[int, ...]]:
+    """Each prompt of the probe with the tokens that follow; the first is there twice, forked."""
+    prompts = [*PROMPTS, PROMPTS[0]]
+    return [(*prompt, *(2 + (7 * i + 3 * k) % 9 for k in range(STEPS))) for i, prompt in enumerate(prompts)]
+
+
+def _stepped(network: Any) -> Tensor:
+    """The logits of each step, [rows, STEPS, V]."""
+    rows, starts = _rows(), [len(prompt) for prompt in (*PROMPTS, PROMPTS[0])]
+    last, capacity = len(rows) - 1, max(map(len, rows))
+    slots = Slots(network, len(rows) + 1, capacity)
+    slots.read([PROMPTS[1]], [last])  # as when a slot is used again
+    slots.read(PROMPTS, [last + 1, *range(1, last)])
+    slots.copy(last + 1, [0, last], starts[0])
+    steps = []
+    for k in range(STEPS):
+        places = torch.tensor([start + k for start in starts], device=slots.device)
+        tokens = torch.tensor([row[start + k] for row, start in zip(rows, starts, strict=True)], device=slots.device)
+        steps.append(slots.advance(tokens, places, int(places.max()) + 1))
+    return torch.stack(steps, 1)
+
+
+@torch.no_grad()
+def _whole(network: Any) -> Tensor:
+    device = network.get_input_embeddings().weight.device
+    each = [
+        network(input_ids=torch.tensor([row], device=device), use_cache=False).logits[0, -STEPS:] for row in _rows()
+    ]
+    return torch.stack(each)

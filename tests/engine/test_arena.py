@@ -1,0 +1,116 @@
+"""Slots of keys and values against rows read whole, on every family, and rows one by one where slots do not hold."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from prefopt.api import Request
+from prefopt.builtin.continuous import Continuous
+from prefopt.builtin.samplers import Plain
+from prefopt.config import LoraConfig, ModelConfig
+from prefopt.engine.arena import Apart, Layer, Slots, arena, disagreement
+from prefopt.engine.fewrows import MOST, few_rows, linear
+from prefopt.engine.models import Model, load_causal, open_model
+from prefopt.testing.tiny import build_tiny
+
+CPU = torch.device("cpu")
+PROMPTS = [(5, 6, 7), (8,), (9, 10, 11, 12, 13), (5, 6)]
+REQUESTS = [Request(PROMPTS[i % 4], 100 + i) for i in range(12)]
+
+
+def texts(sampler, model: Model) -> list[tuple[int, ...]]:
+    return [c.ids for _, c in sorted(sampler.open(model)(REQUESTS), key=lambda pair: pair[0])]
+
+
+def with_adapters(folder) -> torch.nn.Module:
+    """Adapters that change the model."""
+    network = load_causal(ModelConfig(path=str(folder), lora=LoraConfig(rank=2)))
+    torch.manual_seed(0)
+    for name, p in network.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=0.3)
+    return network
+
+
+def test_rows_with_adapters_are_drawn_in_slots(tiny_model):
+    network = with_adapters(tiny_model)
+    assert disagreement(network) is None
+    opened = open_model(str(tiny_model), CPU)
+    adapted = Model(network, opened.tokenizer, CPU)
+    found = texts(Continuous(max_new_tokens=12, slots=5), adapted)
+    assert found == texts(Plain(max_new_tokens=12), adapted)
+    assert found != texts(Plain(max_new_tokens=12), opened)
+
+
+def test_a_window_is_kept_in_the_probe_and_after_it(tmp_path):
+    build_tiny(tmp_path / "mistral", model_type="mistral", sliding_window=6)
+    network = AutoModelForCausalLM.from_pretrained(tmp_path / "mistral")
+    assert disagreement(network) is None
+    assert network.config.sliding_window == 6
+
+
+def test_a_model_whose_slots_do_not_hold_is_drawn_row_by_row_and_says_so_once(tiny_model, monkeypatch):
+    """Here one that forgets a place of every row."""
+    opened, heard = open_model(str(tiny_model), CPU), []
+    model = Model(opened.network, opened.tokenizer, CPU, heard.append)
+    extend = Layer.extend
+
+    def forgetful(self, rows, positions, width, keys, values):
+        extend(self, rows, positions, width, keys, values)
+        self.keys[:, :, 0] = 0
+        return self.keys[: len(rows), :, :width], self.values[: len(rows), :, :width]
+
+    monkeypatch.setattr(Layer, "extend", forgetful)
+    found = [texts(Continuous(max_new_tokens=8, slots=slots), model) for slots in (3, 12)]
+    assert found == [texts(Plain(max_new_tokens=8), model)] * 2
+    assert len(heard) == 1
+    assert heard[0].startswith(
+        "rows are drawn one by one: keys and values of many do not hold for this model: they differ"
+    )
+    assert isinstance(model.arena(2, 4), Apart)
+
+
+def test_a_model_that_refuses_is_drawn_row_by_row(tiny_model):
+    class Refusing(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = AutoModelForCausalLM.from_pretrained(tiny_model)
+            self.config, self.base_model = self.inner.config, self.inner.base_model
+
+        def get_input_embeddings(self):
+            return self.inner.get_input_embeddings()
+
+        def forward(self, attention_mask=None, **inputs):
+            if attention_mask is not None:
+                raise ValueError("no masks here\nat all")
+            return self.inner(**inputs)
+
+    heard: list[str] = []
+    assert isinstance(arena(Refusing(), 2, 8, heard.append), Apart)
+    assert heard[0].endswith("ValueError: no masks here")
+
+
+def test_memory_that_was_never_written_is_never_read(tiny_model):
+    """Not even times 0: new slots hold numbers that are none."""
+    network = AutoModelForCausalLM.from_pretrained(tiny_model)
+    slots = Slots(network, 2, 80)
+    slots.read([(5, 6, 7)], [0])
+    for layer in slots.layers:
+        layer.keys[:, :, layer.ready :] = torch.nan
+        layer.values[:, :, layer.ready :] = torch.nan
+    slots.read([tuple(range(5, 70))], [1])
+    logits = slots.advance(torch.tensor([8, 9]), torch.tensor([3, 65]), 70)
+    assert bool(logits.isfinite().all())
+    with torch.no_grad():
+        assert torch.allclose(logits[0], network(torch.tensor([[5, 6, 7, 8]])).logits[0, -1], atol=1e-5)
+
+
+@pytest.mark.parametrize("bias", [None, torch.arange(5.0)])
+def test_few_rows_give_the_same_products(bias):
+    x, w = torch.randn(3, 1, 7, generator=torch.Generator().manual_seed(0)), torch.ones(5, 7)
+    assert torch.allclose(linear(x, w, bias), torch.nn.functional.linear(x, w, bias), atol=1e-5)
+    for rows in (MOST, MOST + 1):
+        with few_rows(rows, CPU, torch.float32):
+            assert torch.allclose(torch.nn.functional.linear(x, w, bias=bias), linear(x, w, bias), atol=1e-5)
