@@ -1,6 +1,6 @@
 """Sampling: prefopt's continuous batching and transformers' `generate` as TRL calls it, with one model and prompts.
 
-    python benchmarks/rollout.py WORKLOAD OUT.json [--prompts 8] [--samples 8] [--slots 32] [--blocks 3]
+    python benchmarks/rollout.py WORKLOAD OUT.json [--prompts 8] [--samples 8] [--slots 64] [--blocks 3]
 
 WORKLOAD is made by `compare/workload.py`. `generate` gets n copies of every prompt, padded on the left, and goes on
 until the longest completion ends. Greedy texts of both sides are compared first and must be equal. Then blocks
@@ -27,6 +27,7 @@ import torch
 
 MEAN, LONGEST, EQUAL, GREEDY = 32, 128, 48, 32
 PROMPT = 192
+SIZES = {"prompts": 8, "samples": 8, "slots": 64, "threads": 2}
 SIDES = ("prefopt", "generate")
 Prompts = list[tuple[int, ...]]
 
@@ -87,7 +88,7 @@ def work(options: argparse.Namespace) -> None:
     """One block of one side: prints what it took."""
     from prefopt.engine.models import open_model
 
-    torch.set_num_threads(2)
+    torch.set_num_threads(options.threads)
     side, kind = options.work
     model: Any = open_model(str(options.workload / "model"), torch.device("cpu"))
     greedy = kind == "greedy"
@@ -97,10 +98,10 @@ def work(options: argparse.Namespace) -> None:
     more = (options.slots,) if side == "prefopt" else ()
     draw: Any = continuous if side == "prefopt" else generate
     draw(model, prompts[:2], 2, greedy, *more)
-    before, began = peak_mb(), time.perf_counter()
+    before, began, busy = peak_mb(), time.perf_counter(), time.process_time()
     texts = draw(model, prompts, most, greedy, *more)
-    seconds, tokens = time.perf_counter() - began, sum(map(len, texts))
-    found = {"seconds": seconds, "tokens": tokens, "longest": max(map(len, texts)), "peak_mb": peak_mb()}
+    found = {"seconds": time.perf_counter() - began, "cpu_seconds": time.process_time() - busy}
+    found |= {"tokens": sum(map(len, texts)), "longest": max(map(len, texts)), "peak_mb": peak_mb()}
     print(json.dumps({**found, "before_mb": before, "texts": texts if greedy else []}))
 
 
@@ -110,9 +111,14 @@ def peak_mb() -> float:
 
 def block(options: argparse.Namespace, side: str, kind: str) -> dict[str, Any]:
     """Runs one in a process of its own."""
-    sizes = [f"--{name}={getattr(options, name)}" for name in ("prompts", "samples", "slots")]
+    sizes = [f"--{name}={getattr(options, name)}" for name in SIZES]
     command = [sys.executable, __file__, str(options.workload), str(options.out), *sizes, "--work", side, kind]
-    environment = {**os.environ, "OMP_NUM_THREADS": "2", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": str(options.threads),
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
 
@@ -140,7 +146,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("workload", type=Path)
     parser.add_argument("out", type=Path)
-    for name, default in {"prompts": 8, "samples": 8, "slots": 32, "blocks": 3}.items():
+    for name, default in (SIZES | {"blocks": 3}).items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--work", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -150,8 +156,8 @@ def main() -> None:
     texts = [block(options, side, "greedy")["texts"] for side in SIDES]
     if texts[0] != texts[1]:
         raise SystemExit("the greedy texts of both sides differ")
-    settings = {"mean": MEAN, "longest": LONGEST, "equal": EQUAL, "prompts": options.prompts}
-    settings |= {"samples": options.samples, "slots": options.slots, "torch": torch.__version__}
+    settings = {"mean": MEAN, "longest": LONGEST, "equal": EQUAL}
+    settings |= {name: getattr(options, name) for name in SIZES} | {"torch": torch.__version__}
     found = {"settings": settings, **{kind: compare(options, kind) for kind in ("uneven", "equal")}}
     options.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
