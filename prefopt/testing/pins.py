@@ -42,7 +42,8 @@ def pin(algorithm: Algorithm) -> dict[str, float]:
     made = later(algorithm, state, groups=MANY)
     loss, slopes = evaluate(algorithm, made)
     kept = {f"state {name}": _along(x.double()) for name, x in sorted(state.items())}
-    metrics = {name: float(x) for name, x in sorted({**loss.metrics, **made.recorded}.items())}
+    measured: dict[str, Tensor | float] = {**loss.metrics, **made.recorded}
+    metrics = {name: float(x) for name, x in sorted(measured.items())}
     gradient = {f"d/d {name}": _along(x) for name, x in sorted(slopes.items())}
     return {"loss": loss.value.item(), **gradient, **metrics, **kept, **dict(_elsewhere(algorithm))}
 
