@@ -3,6 +3,7 @@
 from prefopt.api import RewardSource, hookimpl
 from prefopt_rewards.combine import Ensemble, Weighted
 from prefopt_rewards.function import FunctionReward
+from prefopt_rewards.lexicon import Lexicon
 from prefopt_rewards.service import HTTPReward
 from prefopt_rewards.shape import Length, Repetition
 from prefopt_rewards.verifiers import ExactMatch, JSONSchema, NumericAnswer, Regex
@@ -16,6 +17,7 @@ REWARDS: tuple[type[RewardSource], ...] = (
     JSONSchema,
     Length,
     Repetition,
+    Lexicon,
     FunctionReward,
     HTTPReward,
 )

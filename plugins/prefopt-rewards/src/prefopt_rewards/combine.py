@@ -7,12 +7,12 @@ import math
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as List
 from statistics import fmean, pstdev
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, model_validator
 
 from prefopt.api import PluginError, RewardSource, Rollout, Score, Scorer, Services
-from prefopt_rewards.scores import LISTED, Unscorable, missing, number
+from prefopt_rewards.scores import Unscorable, missing, number
 
 TAKEN = frozenset({"mean", "missing", "total"})
 """What `reward/...` already means something else for."""
@@ -28,7 +28,7 @@ class Part(BaseModel):
     """What scores."""
     weight: float = 1.0
     """What the score is multiplied by, once it is clipped."""
-    clip: Annotated[tuple[float, float] | None, LISTED] = None
+    clip: tuple[float, float] | None = None
     """The least and the most the score counts for."""
     label: str = ""
     """Its name in metrics, `reward/LABEL`; default: the name of the source."""
@@ -50,7 +50,7 @@ class Weighted(RewardSource):
 
     name = "weighted"
 
-    parts: Annotated[tuple[Part, ...], LISTED] = Field(min_length=1)
+    parts: tuple[Part, ...] = Field(min_length=1)
     """The summands, each with `source`, `weight`, `clip`, `label`."""
 
     @model_validator(mode="after")
@@ -80,7 +80,7 @@ class Ensemble(RewardSource):
     name = "ensemble"
     paper = "Coste et al. 2023, arXiv:2310.02743: `mean`, `min` (WCO) and `uncertainty` (UWO)"
 
-    members: Annotated[tuple[RewardSource, ...], LISTED] = Field(min_length=2)
+    members: tuple[RewardSource, ...] = Field(min_length=2)
     """The rewards, on one scale."""
     aggregate: Literal["mean", "min", "uncertainty"] = "mean"
     """The mean, the smallest, or the mean minus `penalty` times the variance (that of the members, divided by their

@@ -20,7 +20,7 @@ from pydantic import AfterValidator, PositiveFloat, PositiveInt
 
 from prefopt.api import ConfigError, RewardSource, Rollout, Score, Scorer, Services, Text
 from prefopt_rewards.process import Lost, Process
-from prefopt_rewards.scores import LISTED, Unscorable, scores
+from prefopt_rewards.scores import Unscorable, scores
 
 PASSED = (
     *("PATH", "HOME", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "TMPDIR", "PYTHONPATH", "LD_LIBRARY_PATH"),
@@ -60,7 +60,7 @@ class FunctionReward(RewardSource):
     workers: PositiveInt = 1
     """Processes. With two or more, a completion that hangs does not keep the others waiting; a function that remembers
     things between calls then gives other numbers in each run."""
-    environment: Annotated[tuple[str, ...], LISTED] = ()
+    environment: tuple[str, ...] = ()
     """Environment variables the function may see, beside PATH and the like."""
 
     def open(self, services: Services) -> Scorer:

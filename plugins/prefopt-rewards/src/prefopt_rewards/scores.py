@@ -8,13 +8,7 @@ import math
 from collections.abc import Sequence as List
 from typing import Any
 
-from pydantic import BeforeValidator
-
 from prefopt.api import Completion, RewardSource, Rollout, Score
-
-LISTED = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
-"""For fields that are tuples here and lists in a file: within a component pydantic takes the one for the other no
-more."""
 
 
 class Unscorable(Exception):

@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 from pydantic import AfterValidator, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from prefopt.api import ConfigError, RewardSource, Rollout, Score, Scorer, Services, lazy_import
-from prefopt_rewards.scores import LISTED, Unscorable, scores
+from prefopt_rewards.scores import Unscorable, scores
 
 if TYPE_CHECKING:
     import asyncio
@@ -68,7 +68,7 @@ class HTTPReward(RewardSource):
 
     url: Annotated[str, AfterValidator(_address)]
     """Where the service is: https, or http on this machine."""
-    columns: Annotated[tuple[str, ...], LISTED] = ()
+    columns: tuple[str, ...] = ()
     """The columns of a row that are sent; a row without one of them has no score."""
     token: str | None = Field(None, pattern=r"^env:\w+$")
     """The environment variable with a bearer token, as `env:NAME`."""
