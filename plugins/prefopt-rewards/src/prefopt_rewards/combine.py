@@ -7,15 +7,17 @@ import math
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as List
 from statistics import fmean, pstdev
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, NonNegativeFloat, model_validator
 
 from prefopt.api import PluginError, RewardSource, Rollout, Score, Scorer, Services
 from prefopt_rewards.scores import Unscorable, missing, number
 
 TAKEN = frozenset({"mean", "missing", "total"})
 """What `reward/...` already means something else for."""
+LISTED = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
+"""For a tuple that is a list in a file, where a component stands around it."""
 Combine = Callable[[Mapping[str, Score]], Score]
 
 
@@ -28,7 +30,7 @@ class Part(BaseModel):
     """What scores."""
     weight: float = 1.0
     """What the score is multiplied by, once it is clipped."""
-    clip: tuple[float, float] | None = None
+    clip: Annotated[tuple[float, float] | None, LISTED] = None
     """The least and the most the score counts for."""
     label: str = ""
     """Its name in metrics, `reward/LABEL`; default: the name of the source."""
