@@ -160,11 +160,10 @@ def _slope_along(algorithm: Algorithm, made: Synthetic, name: str, constants: li
 def at_the_start(algorithm: Algorithm) -> None:
     """Where the policy is the reference the loss is `loss_at_init`, whatever the settings, and a step moves completions
     as `moves` says."""
+    for one in (algorithm, *(other for name in type(algorithm).model_fields for other in others(algorithm, name))):
+        _starts(one)
     made = _made(algorithm, weights=(1.0,), at_reference=True)
-    loss, slopes = evaluate(algorithm, made)
-    _starts_at(algorithm, loss.value)
-    for other in (other for name in type(algorithm).model_fields for other in others(algorithm, name)):
-        _starts_at(other, evaluate(other, _made(other, weights=(1.0,), at_reference=True))[0].value)
+    _, slopes = evaluate(algorithm, made)
     name = "scores" if "scores" in slopes else "logps"
     if name in slopes:
         pull = -slopes[name].reshape(len(made.batch), -1).sum(1)
@@ -173,11 +172,12 @@ def at_the_start(algorithm: Algorithm) -> None:
                 _moved(pull[index], sign, side)
 
 
-def _starts_at(algorithm: Algorithm, loss: Tensor) -> None:
+def _starts(algorithm: Algorithm) -> None:
     expected = algorithm.loss_at_init()
     if expected is not None:
-        close = abs(float(loss.detach()) - expected) <= EXACT * max(1.0, abs(expected))
-        require(close, f"the loss where the policy is the reference is {loss.item():.9g}, not {expected:.9g}")
+        loss = evaluate(algorithm, _made(algorithm, weights=(1.0,), at_reference=True))[0].value.item()
+        close = abs(loss - expected) <= EXACT * max(1.0, abs(expected))
+        require(close, f"the loss where the policy is the reference is {loss:.9g}, not {expected:.9g}")
 
 
 def _sides(algorithm: Algorithm, made: Synthetic) -> dict[str, Tensor]:
