@@ -7,13 +7,11 @@ from prefopt.batch import Batch, Draw, Loss, Needs, Policy, StepContext
 from prefopt.components import (
     Algorithm,
     Arena,
-    Comparer,
     Component,
     DataSource,
     Drawer,
     Judge,
     LanguageModel,
-    Pair,
     Recipe,
     Request,
     RewardSource,
@@ -24,8 +22,8 @@ from prefopt.components import (
     Services,
     Subject,
     Task,
+    TextModel,
     UserPath,
-    Verdict,
     World,
 )
 from prefopt.errors import (
@@ -57,6 +55,7 @@ from prefopt.rows import (
     opening,
     show_text,
 )
+from prefopt.verdicts import Comparer, Pair, Pairing, Verdict, added, agreed, answered, both_orders, places, win_rates
 
 __all__ = [
     "Algorithm",
@@ -80,6 +79,7 @@ __all__ = [
     "MissingColumn",
     "Needs",
     "Pair",
+    "Pairing",
     "PluginError",
     "Policy",
     "PrefoptError",
@@ -105,12 +105,19 @@ __all__ = [
     "Subject",
     "Task",
     "Text",
+    "TextModel",
     "UserPath",
     "Verdict",
     "World",
+    "added",
+    "agreed",
+    "answered",
+    "both_orders",
     "hookimpl",
     "joined",
     "lazy_import",
     "opening",
+    "places",
     "show_text",
+    "win_rates",
 ]

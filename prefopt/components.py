@@ -32,9 +32,13 @@ from pydantic import (
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from prefopt.batch import Batch, Draw, Loss, Needs, Policy, StepContext
+from prefopt.errors import PluginError
 from prefopt.rows import Comparison, Completion, Rollout, Row, Sequence, Text
+from prefopt.verdicts import Comparer, Pair, Verdict
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import numpy as np
     import torch
     from torch import Tensor
@@ -141,6 +145,28 @@ class Services(Protocol):
 
     def scorer(self, path: str) -> Scorer:
         """The reward model saved at `path`."""
+
+    def language_model(self, path: str) -> TextModel:
+        """The language model at `path`, to ask for the probabilities of a few words."""
+
+    def kept(self, name: str) -> Path | None:
+        """A file in the run's folder for what is costly to ask for again; None where there is no folder."""
+
+
+class TextModel(Protocol):
+    """A language model that reads text. Control tokens that stand in a text are read as plain text."""
+
+    @property
+    def chat(self) -> bool:
+        """Whether it has a chat template."""
+
+    @property
+    def identity(self) -> str:
+        """A hash of its configuration and weights."""
+
+    def logps(self, prompts: List[Text], endings: List[str]) -> list[list[float]]:
+        """The log-probability of each ending after each prompt, in nats. Raises `DataError` for a prompt that is too
+        long."""
 
 
 # --- algorithms -----------------------------------------------------------------------------------------------------
@@ -264,30 +290,8 @@ class RewardSource(Component):
         raise NotImplementedError(f"reward `{self.name}` must define score or open")
 
 
-@dataclass(frozen=True, slots=True)
-class Pair:
-    """Two completions of one prompt, to be compared."""
-
-    prompt: Text
-    a: Completion
-    b: Completion
-    extra: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    """The probability that `a` is better and that neither is; None with a reason when there is no verdict."""
-
-    a_better: float | None
-    tie: float = 0.0
-    reason: str = ""
-
-
-Comparer = Callable[[List[Pair]], list[Verdict]]
-
-
 class Judge(Component):
-    """Compares completions in pairs."""
+    """Compares completions in pairs, and may rate them one by one."""
 
     kind: ClassVar[str] = "judge"
 
@@ -296,8 +300,16 @@ class Judge(Component):
         return self.compare
 
     def compare(self, pairs: List[Pair]) -> list[Verdict]:
-        """One verdict for each pair."""
+        """One verdict for each pair, read in the order it is given. A missing one is `Verdict(None, reason=...)`."""
         raise NotImplementedError(f"judge `{self.name}` must define compare or open")
+
+    def open_rating(self, services: Services) -> Scorer:
+        """The function that rates single replies under the judge's rubric; called once. Default: `rate`."""
+        return self.rate
+
+    def rate(self, groups: List[Rollout]) -> list[list[Score]]:
+        """One number for each completion of each group. A missing one is `Score(None, reason)`."""
+        raise PluginError(f"judge `{self.name}` compares replies and does not rate them one by one")
 
 
 # --- data and sampling ----------------------------------------------------------------------------------------------
@@ -428,6 +440,9 @@ class Subject(Protocol):
 
     def reward(self, source: RewardSource) -> Scorer:
         """A reward source, opened."""
+
+    def judge(self, judge: Judge) -> Comparer:
+        """A judge, opened."""
 
 
 class Task(Component):

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prefopt.batch import Draw, Needs
-from prefopt.components import Algorithm, Component, Recipe, Sampler, Scorer, World, expanded
+from prefopt.components import Algorithm, Component, Recipe, Sampler, Scorer, TextModel, World, expanded
 from prefopt.config import DataConfig, RunConfig, located, read_document
 from prefopt.config.models import MixConfig, RowsConfig
 from prefopt.config.yaml import Keys
@@ -42,7 +42,17 @@ class _Light:
         return generator(self.seed, "component", *purpose)
 
     def scorer(self, path: str) -> Scorer:
-        raise ConfigError(f"the reward model at `{path}` is not loaded while a configuration is checked")
+        raise _unloaded("reward model", path)
+
+    def language_model(self, path: str) -> TextModel:
+        raise _unloaded("model", path)
+
+    def kept(self, name: str) -> None:
+        return None
+
+
+def _unloaded(what: str, path: str) -> ConfigError:
+    return ConfigError(f"the {what} at `{path}` is not loaded while a configuration is checked")
 
 
 def check(

@@ -6,10 +6,25 @@ import math
 from collections.abc import Mapping
 from collections.abc import Sequence as List
 from statistics import fmean
+from typing import Self
 
-from pydantic import PositiveInt
+from pydantic import PositiveInt, model_validator
 
-from prefopt.api import Comparison, ConfigError, DataError, RewardSource, Rollout, Score, Subject, Task
+from prefopt.api import (
+    Comparison,
+    ConfigError,
+    DataError,
+    Judge,
+    Pair,
+    RewardSource,
+    Rollout,
+    Score,
+    ServiceError,
+    Subject,
+    Task,
+    answered,
+    both_orders,
+)
 from prefopt.bench.stats import calibration_error
 from prefopt.data.adapt import adapt, adaptable
 
@@ -32,20 +47,45 @@ class GoldReward(Task):
 
 
 class WinRate(Task):
-    """Share of replies that score higher than the baseline's reply to the same prompt; a tie is half a win."""
+    """Share of replies that score higher than the baseline's reply to the same prompt, or that a judge prefers to it; a
+    tie is half a win."""
 
     name = "win_rate"
 
-    reward: RewardSource
+    reward: RewardSource | None = None
     """What to score with."""
+    judge: Judge | None = None
+    """Who judges instead, in both orders."""
     samples: PositiveInt = 1
     """Replies for each prompt."""
 
+    @model_validator(mode="after")
+    def _one(self) -> Self:
+        if (self.reward is None) == (self.judge is None):
+            raise ValueError("write either `reward` or `judge`")
+        return self
+
     def evaluate(self, subject: Subject) -> Mapping[str, float]:
+        drawn = subject.rollouts(self.samples), subject.baseline(self.samples)
+        if self.reward is None:
+            return {"win_rate": fmean(self._judged(subject, *drawn))}
         score = subject.reward(self.reward)
-        ours, theirs = (_flat(score(r)) for r in (subject.rollouts(self.samples), subject.baseline(self.samples)))
-        wins = [_half_step(_value(a) - _value(b)) for a, b in zip(ours, theirs, strict=True)]
-        return {"win_rate": fmean(wins)}
+        ours, theirs = (_flat(score(rollouts)) for rollouts in drawn)
+        return {"win_rate": fmean(_half_step(_value(a) - _value(b)) for a, b in zip(ours, theirs, strict=True))}
+
+    def _judged(self, subject: Subject, ours: List[Rollout], theirs: List[Rollout]) -> list[float]:
+        """Raises `ServiceError` for a pair without a verdict: dropped, it would change what is measured."""
+        assert self.judge is not None
+        pairs = [
+            Pair(mine.prompt, a, b, mine.extra)
+            for mine, other in zip(ours, theirs, strict=True)
+            for a, b in zip(mine.completions, other.completions, strict=True)
+        ]
+        verdicts = answered(both_orders(subject.judge(self.judge)), pairs)
+        missing = [v.reason for v in verdicts if v.value is None]
+        if missing:
+            raise ServiceError(f"{len(missing)} of {len(pairs)} pairs have no verdict, the first one: {missing[0]}")
+        return [v.value for v in verdicts if v.value is not None]
 
 
 class Divergence(Task):

@@ -1,9 +1,10 @@
 """What the core itself contributes, through the same hooks as every plugin."""
 
-from prefopt.api import Algorithm, DataSource, RewardSource, Sampler, hookimpl
+from prefopt.api import Algorithm, DataSource, Judge, RewardSource, Sampler, hookimpl
 from prefopt.builtin.algorithms import DynamicFineTuning, RewardModel, RewardModelListwise, SupervisedFineTuning
 from prefopt.builtin.continuous import Continuous
-from prefopt.builtin.rewards import TrainedReward
+from prefopt.builtin.judges import GoldJudge, RewardModelJudge
+from prefopt.builtin.rewards import JudgeReward, TrainedReward
 from prefopt.builtin.samplers import Plain
 from prefopt.builtin.sources import SOURCES
 
@@ -15,7 +16,12 @@ def prefopt_algorithms() -> list[type[Algorithm]]:
 
 @hookimpl
 def prefopt_rewards() -> list[type[RewardSource]]:
-    return [TrainedReward]
+    return [TrainedReward, JudgeReward]
+
+
+@hookimpl
+def prefopt_judges() -> list[type[Judge]]:
+    return [GoldJudge, RewardModelJudge]
 
 
 @hookimpl

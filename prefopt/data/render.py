@@ -52,13 +52,14 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> Tokenizer:
 @dataclass
 class Renderer:
     """Tokenizes sequences. `counts` says how many rows were cut or dropped, and how many prompts merged with their
-    reply."""
+    reply. With `plain`, control tokens that stand in a text are read as plain text."""
 
     tokenizer: Tokenizer
     max_length: int | None = None
     overflow: Literal["stop", "drop", "truncate"] = "stop"
     train_on: Literal["last", "all"] = "last"
     counts: Counter[str] = field(default_factory=Counter)
+    plain: bool = False
 
     def render(self, sequences: Iterable[Sequence], drop: bool = False) -> tuple[list[Sequence], list[Tokens]]:
         """The sequences that fit, and their tokens. When one sequence of a group does not fit, its group is dropped;
@@ -125,6 +126,16 @@ class Renderer:
         self.counts["prompts/merged"] += merged
         return found
 
+    def endings(self, prompt: Text, endings: List[str]) -> list[Tokens]:
+        """Several ways for a reply to begin, behind the tokens that all of them share with the prompt."""
+        before = self.prompt_ids(prompt)
+        if isinstance(prompt, str):
+            whole = [tuple(self._begun(prompt + ending)) for ending in endings]
+        else:
+            whole = [(*before, *self._encode(ending)) for ending in endings]
+        shared = max(1, min(_common_prefix(before, ids) for ids in whole))
+        return [Tokens(ids[:shared], ids[shared:]) for ids in whole]
+
     @cached_property
     def _split(self) -> Callable[[Text, str, bool], tuple[Tokens, bool]]:
         """`_tokenize`, which remembers what it has seen lately: the same rows come back every epoch."""
@@ -170,7 +181,8 @@ class Renderer:
     # --- the pieces -------------------------------------------------------------------------------------------------
 
     def _encode(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        options = {"split_special_tokens": True} if self.plain else {}
+        return list(self.tokenizer(text, add_special_tokens=False, **options)["input_ids"])
 
     def _begun(self, text: str) -> list[int]:
         """The tokens of plain text behind exactly one beginning-of-sequence token, which the text may hold itself."""
@@ -215,9 +227,10 @@ class Renderer:
     def _templated(self, turns: list[dict[str, str]], generate: bool) -> tuple[int, ...]:
         from jinja2 import TemplateError
 
+        options = {"sanitize_control_tokens": True} if self.plain else {}
         try:
             encoded = self.tokenizer.apply_chat_template(
-                turns, add_generation_prompt=generate, tokenize=True, return_dict=True
+                turns, add_generation_prompt=generate, tokenize=True, return_dict=True, **options
             )
         except (TemplateError, ValueError) as error:
             where = f"prompt {turns[0]['content'][:60]!r}"

@@ -7,13 +7,14 @@ from collections.abc import Callable
 from collections.abc import Sequence as List
 from dataclasses import dataclass, field, replace
 
-from prefopt.components import RewardSource, Score, Scorer, Services
+from prefopt.components import Judge, RewardSource, Score, Scorer, Services
 from prefopt.data.render import Renderer, Tokens
 from prefopt.engine.forward import Scorer as Module
 from prefopt.engine.models import Model
 from prefopt.engine.reference import Resident
 from prefopt.errors import ConfigError
 from prefopt.rows import Rollout, Row
+from prefopt.verdicts import Comparer
 
 Draws = Callable[[int], list[Rollout]]
 TOKEN_BUDGET = 16_384
@@ -93,6 +94,9 @@ class Measured:
 
     def reward(self, source: RewardSource) -> Scorer:
         return source.open(self.services)
+
+    def judge(self, judge: Judge) -> Comparer:
+        return judge.open(self.services)
 
 
 def _number(score: Score) -> float:

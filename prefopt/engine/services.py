@@ -1,9 +1,10 @@
-"""What components may ask for: named random streams and saved reward models."""
+"""What components may ask for: named random streams, saved models, a place to keep things."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence as List
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,8 +16,9 @@ from prefopt.data.streams import generator
 from prefopt.engine.forward import Scorer as Module
 from prefopt.engine.forward import run
 from prefopt.engine.layout import units
-from prefopt.engine.models import load_classifier, positions
+from prefopt.engine.models import load_classifier, open_model, positions
 from prefopt.engine.plan import plan
+from prefopt.engine.text_model import Reader, reader
 from prefopt.errors import ConfigError, DataError
 from prefopt.rows import Rollout
 
@@ -25,10 +27,11 @@ TOKEN_BUDGET = 16_384
 
 @dataclass(frozen=True)
 class EngineServices:
-    """Implements `prefopt.components.Services` for one seed and device."""
+    """Implements `prefopt.components.Services` for one seed and device; `folder` is where things are kept."""
 
     seed: int
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    folder: Path | None = None
 
     def rng(self, *purpose: str | int) -> np.random.Generator:
         return generator(self.seed, "component", *purpose)
@@ -40,6 +43,13 @@ class EngineServices:
         tokenizer = load_tokenizer(path)
         network = load_classifier(ModelConfig(path=path), tokenizer, seed=None)
         return RewardModel(Module(network).to(self.device), Renderer(tokenizer, positions(network.config)), self.device)
+
+    def language_model(self, path: str) -> Reader:
+        """Raises `ConfigError` when there is no model at `path`."""
+        return reader(path, open_model(path, self.device), TOKEN_BUDGET)
+
+    def kept(self, name: str) -> Path | None:
+        return None if self.folder is None else self.folder / name
 
 
 @dataclass
