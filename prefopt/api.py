@@ -3,6 +3,7 @@
 Rows are text, `Batch` is tokens, a component is what you contribute, `hookimpl` marks how you contribute it.
 """
 
+from prefopt.addresses import ServiceURL, TokenName, secret, unencrypted
 from prefopt.batch import Batch, Draw, Loss, Needs, Policy, StepContext
 from prefopt.components import (
     Algorithm,
@@ -35,6 +36,7 @@ from prefopt.errors import (
     Problem,
     ResourceError,
     ServiceError,
+    redact,
 )
 from prefopt.hookspecs import RunInfo, hookimpl
 from prefopt.lazy import lazy_import
@@ -100,12 +102,14 @@ __all__ = [
     "Scorer",
     "Sequence",
     "ServiceError",
+    "ServiceURL",
     "Services",
     "StepContext",
     "Subject",
     "Task",
     "Text",
     "TextModel",
+    "TokenName",
     "UserPath",
     "Verdict",
     "World",
@@ -118,6 +122,9 @@ __all__ = [
     "lazy_import",
     "opening",
     "places",
+    "redact",
+    "secret",
     "show_text",
+    "unencrypted",
     "win_rates",
 ]

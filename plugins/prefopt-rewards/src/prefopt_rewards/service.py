@@ -4,18 +4,27 @@ checked, and it is told no more than the prompt, the completions and the columns
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Awaitable, Callable, Mapping
 from collections.abc import Sequence as List
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from ipaddress import ip_address, ip_network
-from typing import TYPE_CHECKING, Annotated, Any, Self
+from typing import TYPE_CHECKING, Any, Self
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from prefopt.api import ConfigError, RewardSource, Rollout, Score, Scorer, Services, lazy_import
+from prefopt.api import (
+    RewardSource,
+    Rollout,
+    Score,
+    Scorer,
+    Services,
+    ServiceURL,
+    TokenName,
+    lazy_import,
+    secret,
+    unencrypted,
+)
 from prefopt_rewards.scores import Unscorable, scores
 
 if TYPE_CHECKING:
@@ -26,34 +35,9 @@ else:
     asyncio = lazy_import("asyncio")
     httpx2 = lazy_import("httpx2")
 
-METADATA = tuple(map(ip_network, ("169.254.0.0/16", "fe80::/10", "fd00:ec2::254/128")))
-"""Where clouds keep the credentials of a machine."""
 LATER = frozenset({408, 425, 429, 500, 502, 503, 504})
 """Answers after which another try may succeed."""
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 10.0
-
-
-def _address(url: str) -> str:
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ValueError("write it as https://host/path")
-    if parts.username or parts.password:
-        raise ValueError("leave user and password out; `token` names an environment variable")
-    try:
-        host = ip_address(parts.hostname)
-    except ValueError:
-        return url
-    if any(host in network for network in METADATA if network.version == host.version):
-        raise ValueError("this address belongs to the machine's own network card, not to a service")
-    return url
-
-
-def _local(url: str) -> bool:
-    host = urlsplit(url).hostname or ""
-    try:
-        return host == "localhost" or ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 class HTTPReward(RewardSource):
@@ -66,11 +50,11 @@ class HTTPReward(RewardSource):
 
     name = "http"
 
-    url: Annotated[str, AfterValidator(_address)]
+    url: ServiceURL
     """Where the service is: https, or http on this machine."""
     columns: tuple[str, ...] = ()
     """The columns of a row that are sent; a row without one of them has no score."""
-    token: str | None = Field(None, pattern=r"^env:\w+$")
+    token: TokenName | None = None
     """The environment variable with a bearer token, as `env:NAME`."""
     deadline: PositiveFloat = 60.0
     """Seconds for all completions of a step. What has no score then has none."""
@@ -87,7 +71,7 @@ class HTTPReward(RewardSource):
 
     @model_validator(mode="after")
     def _encrypted(self) -> Self:
-        if self.url.startswith("http:") and not (self.allow_http or _local(self.url)):
+        if unencrypted(self.url) and not self.allow_http:
             raise ValueError("this sends prompts and replies unencrypted: write https, or `allow_http: true`")
         return self
 
@@ -99,10 +83,7 @@ class HTTPReward(RewardSource):
         headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
         if self.token is None:
             return headers
-        name = self.token.removeprefix("env:")
-        if not os.environ.get(name):
-            raise ConfigError(f"the environment variable {name} is not set", where="http: token", fix=f"Set {name}.")
-        return {**headers, "Authorization": f"Bearer {os.environ[name]}"}
+        return {**headers, "Authorization": f"Bearer {secret(self.token, 'http: token')}"}
 
 
 class Later(Exception):
