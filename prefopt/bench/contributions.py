@@ -2,6 +2,7 @@
 
 from prefopt.api import DataSource, Judge, RewardSource, Task, World, hookimpl
 from prefopt.bench.tasks import Divergence, GoldReward, Length, PreferenceAccuracy, RewardQuality, WinRate
+from prefopt.bench.worlds.bandit import Bandit, BanditData, BanditGap, BanditReward
 from prefopt.bench.worlds.replies.annotators import Annotators
 from prefopt.bench.worlds.replies.gold import Gold
 from prefopt.bench.worlds.replies.world import Replies, RepliesData
@@ -9,17 +10,17 @@ from prefopt.bench.worlds.replies.world import Replies, RepliesData
 
 @hookimpl
 def prefopt_worlds() -> list[type[World]]:
-    return [Replies]
+    return [Bandit, Replies]
 
 
 @hookimpl
 def prefopt_datasets() -> list[type[DataSource]]:
-    return [RepliesData]
+    return [BanditData, RepliesData]
 
 
 @hookimpl
 def prefopt_rewards() -> list[type[RewardSource]]:
-    return [Gold]
+    return [BanditReward, Gold]
 
 
 @hookimpl
@@ -29,4 +30,4 @@ def prefopt_judges() -> list[type[Judge]]:
 
 @hookimpl
 def prefopt_tasks() -> list[type[Task]]:
-    return [GoldReward, WinRate, Divergence, Length, PreferenceAccuracy, RewardQuality]
+    return [GoldReward, WinRate, Divergence, Length, PreferenceAccuracy, RewardQuality, BanditGap]
