@@ -1,4 +1,4 @@
-"""The `bandit` world: four prompts, 156 replies to each, every reward known. Nothing is estimated: what
+"""The `bandit` world: four prompts, 85 replies to each, every reward known. Nothing is estimated: what
 a policy expects, how far it is from the reference and how well any policy could do are sums over all replies.
 
 A reply is drawn with `max_new_tokens: 3` and at temperature 1; then the sums are exact.
@@ -41,7 +41,7 @@ else:
     np = lazy_import("numpy")
 
 LETTERS = "abcd"
-VOCABULARY = ("<pad>", "<end>", *LETTERS)
+VOCABULARY = ("<end>", *LETTERS)
 END = VOCABULARY.index("<end>")
 LONGEST = 3
 """Tokens of a reply, the end of it counted."""
@@ -90,14 +90,14 @@ def _tables() -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
 
 def replies() -> Iterator[Completion]:
     """Every reply a model can give: all sequences of up to three tokens that end, or are cut at the third."""
-    others = [i for i in range(len(VOCABULARY)) if i != END]
+    letters = [VOCABULARY.index(letter) for letter in LETTERS]
     for length in range(LONGEST):
-        yield from (_reply((*ids, END), finished=True) for ids in product(others, repeat=length))
-    yield from (_reply(ids, finished=False) for ids in product(others, repeat=LONGEST))
+        yield from (_reply((*ids, END), finished=True) for ids in product(letters, repeat=length))
+    yield from (_reply(ids, finished=False) for ids in product(letters, repeat=LONGEST))
 
 
 def _reply(ids: tuple[int, ...], finished: bool) -> Completion:
-    text = "".join(VOCABULARY[i] for i in ids if VOCABULARY[i] in LETTERS)
+    text = "".join(VOCABULARY[i] for i in ids if i != END)
     return Completion(text, ids=ids, finished=finished)
 
 
@@ -178,7 +178,7 @@ def _summed(subject: Subject, rollouts: List[Rollout], beta: float) -> list[Exac
 
 
 class Bandit(World):
-    """Four prompts, 156 replies to each, every reward known: what a method reaches is compared with what can be
+    """Four prompts, 85 replies to each, every reward known: what a method reaches is compared with what can be
     reached."""
 
     name = "bandit"
@@ -186,15 +186,15 @@ class Bandit(World):
     def recipe(self) -> Recipe:
         config = {
             "model_type": "llama",
-            "hidden_size": 32,
-            "intermediate_size": 64,
+            "hidden_size": 64,
+            "intermediate_size": 128,
             "num_hidden_layers": 2,
             "num_attention_heads": 2,
             "num_key_value_heads": 2,
             "max_position_embeddings": 16,
             "initializer_range": 0.1,
         }
-        return Recipe(config, _tokenizer(), {"pad_token": "<pad>", "eos_token": "<end>", "unk_token": "<pad>"})
+        return Recipe(config, _tokenizer(), {"pad_token": "<end>", "eos_token": "<end>", "unk_token": "<end>"})
 
 
 def _tokenizer() -> dict[str, Any]:
@@ -202,8 +202,8 @@ def _tokenizer() -> dict[str, Any]:
     plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     return {
         "version": "1.0",
-        "added_tokens": [{"id": i, "content": VOCABULARY[i], "special": True, **plain} for i in (0, END)],
+        "added_tokens": [{"id": i, "content": VOCABULARY[i], "special": True, **plain} for i in (END,)],
         "pre_tokenizer": {"type": "Split", "pattern": {"Regex": "."}, "behavior": "Isolated", "invert": False},
         "decoder": {"type": "Fuse"},
-        "model": {"type": "WordLevel", "vocab": {t: i for i, t in enumerate(VOCABULARY)}, "unk_token": "<pad>"},
+        "model": {"type": "WordLevel", "vocab": {t: i for i, t in enumerate(VOCABULARY)}, "unk_token": "<end>"},
     }

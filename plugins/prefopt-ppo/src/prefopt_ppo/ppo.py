@@ -136,7 +136,8 @@ class PPO(Settings):
         if self.entropy:
             parts["entropy/token"] = batch.mean(policy.entropy, "tokens")
             total = total - self.entropy * parts["entropy/token"]
-        return Loss(total, {**parts, **self._moved(batch, log_ratio.detach())})
+        metrics = {name: x.detach() for name, x in parts.items()}
+        return Loss(total, metrics | self._moved(batch, log_ratio.detach()))
 
     def _kl(self, batch: Batch, policy: Policy) -> Tensor:
         away = kl_estimate(policy.logps - batch.reference_logps, self.estimator)
