@@ -56,11 +56,9 @@ class Reinforce(ScoreFunction):
     """m: how slowly the baseline follows."""
 
     def advantage(self, batch: Batch, reward: Tensor, ctx: StepContext) -> Tensor:
-        baseline = ctx.state.get("reinforce/baseline")
+        baseline, kept = ctx.state.get("reinforce/baseline"), self.memory
         mean = reward.mean().double()
-        ctx.state["reinforce/baseline"] = (
-            mean if baseline is None else self.memory * baseline + (1 - self.memory) * mean
-        )
+        ctx.state["reinforce/baseline"] = mean if baseline is None else kept * baseline + (1 - kept) * mean
         return reward if baseline is None else reward - baseline.to(reward)
 
 
