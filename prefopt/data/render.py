@@ -103,6 +103,14 @@ class Renderer:
 
     def prompt_ids(self, prompt: Text) -> tuple[int, ...]:
         """The tokens a model reads before it replies."""
+        return self._prompted(prompt)
+
+    @cached_property
+    def _prompted(self) -> Callable[[Text], tuple[int, ...]]:
+        """What is read before a reply, remembered: many replies are drawn for one prompt."""
+        return lru_cache(maxsize=REMEMBERED)(self._tokenize_prompt)
+
+    def _tokenize_prompt(self, prompt: Text) -> tuple[int, ...]:
         if isinstance(prompt, str):
             return tuple(self._begun(prompt))
         return self._conversation(prompt, generate=True)
