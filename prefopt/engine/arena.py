@@ -208,19 +208,27 @@ def disagreement(network: Any) -> str | None:
     return None if off <= TOLERANCE else f"they differ by {off:.1g}"
 
 
-def _rows() -> list[tuple[int, ...]]:
+def _prompts(network: Any) -> list[tuple[int, ...]]:
+    """The prompts of the probe, in tokens that the model has."""
+    size = network.get_input_embeddings().weight.shape[0]
+    return [tuple(token % size for token in prompt) for prompt in PROMPTS]
+
+
+def _rows(network: Any) -> list[tuple[int, ...]]:
     """Each prompt of the probe with the tokens that follow; the first is there twice, forked."""
-    prompts = [*PROMPTS, PROMPTS[0]]
-    return [(*prompt, *(2 + (7 * i + 3 * k) % 9 for k in range(STEPS))) for i, prompt in enumerate(prompts)]
+    size, prompts = network.get_input_embeddings().weight.shape[0], _prompts(network)
+    tails = [tuple((2 + (7 * i + 3 * k) % 9) % size for k in range(STEPS)) for i in range(len(prompts) + 1)]
+    return [(*prompt, *tail) for prompt, tail in zip([*prompts, prompts[0]], tails, strict=True)]
 
 
 def _stepped(network: Any) -> Tensor:
     """The logits of each step, [rows, STEPS, V]."""
-    rows, starts = _rows(), [len(prompt) for prompt in (*PROMPTS, PROMPTS[0])]
+    prompts, rows = _prompts(network), _rows(network)
+    starts = [len(prompt) for prompt in (*prompts, prompts[0])]
     last, capacity = len(rows) - 1, max(map(len, rows))
     slots = Slots(network, len(rows) + 1, capacity)
-    slots.read([PROMPTS[1]], [last])  # as when a slot is used again
-    slots.read(PROMPTS, [last + 1, *range(1, last)])
+    slots.read([prompts[1]], [last])  # as when a slot is used again
+    slots.read(prompts, [last + 1, *range(1, last)])
     slots.copy(last + 1, [0, last], starts[0])
     steps = []
     for k in range(STEPS):
@@ -234,6 +242,7 @@ def _stepped(network: Any) -> Tensor:
 def _whole(network: Any) -> Tensor:
     device = network.get_input_embeddings().weight.device
     each = [
-        network(input_ids=torch.tensor([row], device=device), use_cache=False).logits[0, -STEPS:] for row in _rows()
+        network(input_ids=torch.tensor([row], device=device), use_cache=False).logits[0, -STEPS:]
+        for row in _rows(network)
     ]
     return torch.stack(each)

@@ -114,3 +114,10 @@ def test_few_rows_give_the_same_products(bias):
     for rows in (MOST, MOST + 1):
         with few_rows(rows, CPU, torch.float32):
             assert torch.allclose(torch.nn.functional.linear(x, w, bias=bias), linear(x, w, bias), atol=1e-5)
+
+
+def test_a_model_of_five_words_can_be_probed(tmp_path):
+    build_tiny(tmp_path / "five", vocab_size=5)
+    network = AutoModelForCausalLM.from_pretrained(tmp_path / "five")
+    network.resize_token_embeddings(5)
+    assert disagreement(network) is None
