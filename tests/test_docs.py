@@ -15,6 +15,7 @@ import pytest
 from prefopt.bench.plan import make_plan
 from prefopt.components import Algorithm
 from prefopt.config import run_from, stages_of
+from prefopt.config.judging import JudgingConfig
 from prefopt.config.load import validated
 from prefopt.config.models import SuiteConfig
 from prefopt.config.yaml import parse
@@ -81,6 +82,8 @@ def test_configurations_are_valid(page, plugins, tmp_path):
             assert make_plan(suite, document, tmp_path, plugins.find).cells
         elif "stages" in document.data:
             assert stages_of(document, plugins.find)
+        elif {"judge", "judges"} & document.data.keys():
+            validated(JudgingConfig, document, plugins.find)
         elif "prefopt" in document.data:
             run_from(document, plugins.find)
         else:  # a part of a run

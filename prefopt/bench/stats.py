@@ -1,11 +1,12 @@
-"""Statistics over seeds. Numbers in, numbers out."""
+"""Statistics over seeds and over rows. Numbers in, numbers out."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from statistics import fmean, stdev
+from collections.abc import Callable, Sequence
+from statistics import NormalDist, fmean, stdev
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 FEWEST_SEEDS = 3
@@ -38,6 +39,35 @@ def t_interval(values: Sequence[float], level: float = 0.95) -> Interval:
         return Interval(mean=fmean(values))
     half = float(t.ppf((1 + level) / 2, n - 1)) * stdev(values) / math.sqrt(n)
     return Interval(mean=fmean(values), low=fmean(values) - half, high=fmean(values) + half)
+
+
+def wilson(successes: float, n: int, level: float = 0.95) -> Interval:
+    """A share of `n` cases with Wilson's score interval (Wilson 1927).
+
+    >>> wilson(8, 10)
+    Interval(mean=0.8, low=0.490..., high=0.943..., n=10)
+    """
+    z, p = NormalDist().inv_cdf((1 + level) / 2), successes / n
+    centre, width = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    low, high = ((centre + sign * width) / (1 + z * z / n) for sign in (-1, 1))
+    return Interval(mean=p, low=max(0.0, low), high=min(1.0, high), n=n)
+
+
+def bootstrap(
+    columns: np.ndarray,
+    statistic: Callable[[np.ndarray], np.ndarray],
+    seed: int = 0,
+    resamples: int = 1000,
+    level: float = 0.95,
+) -> Interval:
+    """A function of the means of some columns, [n, k], with its percentile interval over resampled rows. `statistic`
+    maps means, [..., k], to values, [...]."""
+    n = len(columns)
+    counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        drawn, whole = statistic(counts @ columns / n), float(statistic(columns.mean(axis=0)))
+    low, high = np.nanquantile(drawn, [(1 - level) / 2, (1 + level) / 2])
+    return Interval(mean=whole, low=float(low), high=float(high), n=n)
 
 
 def calibration_error(predicted: Sequence[float], observed: Sequence[float], bins: int = 10) -> float:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from prefopt.config import Document, RunConfig, Stage
     from prefopt.plugins import Plugins
 
-MORE = ("validate", "resume", "explain", "data", "schema")
+MORE = ("validate", "resume", "explain", "data", "judge", "schema")
 FEW_COLLECTIONS = 100_000
 """New objects before garbage is looked for: a short command would spend a fifth of its time on that."""
 EPILOG = "Exit codes: " + "; ".join(f"{code} {meaning}" for code, meaning in EXIT_CODES.items()) + "."
@@ -54,6 +54,8 @@ app.add_typer(show, name="show")
 app.add_typer(plugins, name="plugins")
 data = typer.Typer(help="Look at data before anything is trained.", no_args_is_help=True)
 app.add_typer(data, name="data")
+judge = typer.Typer(help="Let judges label rows and compare systems, and measure the judges.", no_args_is_help=True)
+app.add_typer(judge, name="judge")
 
 ConfigFile = Annotated[Path, typer.Argument(help="A YAML configuration.", metavar="RUN.YAML")]
 Overrides = Annotated[
@@ -296,6 +298,42 @@ def data_check(
     found = [reject for name, rows in sections.items() for reject in check_rows(name, rows, typer.echo)]
     if not finish(found, rejects):
         raise typer.Exit(DataError.exit_code)
+
+
+JudgingFile = Annotated[Path, typer.Argument(help="A YAML configuration.", metavar="JUDGING.YAML")]
+
+
+def _print(lines: list[str]) -> None:
+    for line in lines:
+        typer.echo(line)
+
+
+def _progress(line: str) -> None:
+    typer.echo(line, err=True)
+
+
+@judge.command("label")
+def judge_label(config: JudgingFile, overrides: Overrides = None) -> None:
+    """Write rows with a judge's soft labels and votes. What is labelled already is not asked again."""
+    from prefopt.cli.judge import write_labels
+
+    _print(write_labels(config, overrides or (), _progress))
+
+
+@judge.command("evaluate")
+def judge_evaluate(config: JudgingFile, overrides: Overrides = None) -> None:
+    """Measure judges on pairs whose better side is known: accuracy, calibration, biases, cost."""
+    from prefopt.cli.judge import write_evaluation
+
+    _print(write_evaluation(config, overrides or (), _progress))
+
+
+@judge.command("compare")
+def judge_compare(config: JudgingFile, overrides: Overrides = None) -> None:
+    """Compare systems by a judge: win rates, also at equal length, and a ranking."""
+    from prefopt.cli.judge import write_comparison
+
+    _print(write_comparison(config, overrides or (), _progress))
 
 
 @app.command()

@@ -82,8 +82,8 @@ RECORDS = [
     {"q": "two", "extra": "", "left": "c", "right": "d", "said": {"plain": "1", "turned": ["2"]}},
     {"q": "three", "extra": "", "left": "e", "right": "f", "said": {"plain": "Tie", "turned": ["garbage"]}},
 ]
-COLUMNS = {"prompt": ("q", "extra"), "a": "left", "b": "right", "verdict": "said.plain"}
-LABELS = {"a": "1", "b": ("2", 2), "tie": "Tie"}
+COLUMNS = {"prompt": ["q", "extra"], "a": "left", "b": "right", "verdict": "said.plain"}
+LABELS = {"a": "1", "b": ["2", 2], "tie": "Tie"}
 
 
 @pytest.mark.parametrize("lines", [True, False])

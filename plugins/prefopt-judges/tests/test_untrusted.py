@@ -110,7 +110,7 @@ def test_the_key_of_a_fence_depends_on_everything_it_holds():
     texts = ("prompt", "reply", "other")
     keys = {key_of(*texts), key_of("promptr", "eply", "other"), key_of("prompt", "reply", "other!")}
     assert len(keys) == 3
-    assert all(re.fullmatch("[0-9a-f]{32}", key) for key in keys)
+    assert all(re.fullmatch("[0-9a-f]{16}", key) for key in keys)
     assert fenced("reply A", "x", "0" * 32).splitlines() == [
         f"<<<begin reply A {'0' * 32}>>>",
         "x",

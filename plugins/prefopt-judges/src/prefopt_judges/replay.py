@@ -15,7 +15,7 @@ from pydantic import Field
 from prefopt.api import Comparer, DataError, Judge, Pair, Services, UserPath, Verdict, show_text
 from prefopt_judges.texts import key_of
 
-Column: TypeAlias = str | tuple[str, ...]
+Column: TypeAlias = str | list[str]
 Said: TypeAlias = Literal["a", "b", "tie"]
 Value: TypeAlias = str | int | float | bool
 SIDES: Mapping[str, tuple[float, float]] = {"a": (1.0, 0.0), "b": (0.0, 0.0), "tie": (0.0, 1.0)}
@@ -32,7 +32,7 @@ class Replay(Judge):
     """What the file calls `prompt`, `a`, `b`, the `verdict`, and `swapped`: the verdict when b was shown first, in
     terms of a and b too. A column, a dotted path into it, or several, which are joined. Without `swapped` the judge was
     asked in one order, and says the same in the other: nothing can then be said about its position bias."""
-    labels: dict[Said, Value | tuple[Value, ...]] = Field({})
+    labels: dict[Said, Value | list[Value]] = Field({})
     """Which values stand for `a`, `b` and `tie`. What none stands for is a missing verdict."""
     texts: UserPath | None = None
     """Another file with the texts of the same records, where `path` has the verdicts alone."""
@@ -66,12 +66,13 @@ class Replay(Judge):
 
     def _text(self, row: Mapping[str, Any], name: Literal["prompt", "a", "b"]) -> str:
         found = self.columns.get(name, name)
-        parts = [_picked(row, path) for path in ((found,) if isinstance(found, str) else found)]
+        parts = [_picked(row, path) for path in ([found] if isinstance(found, str) else found)]
         return "\n".join(str(part) for part in parts if part)
 
     def _verdict(self, said: Any) -> Verdict:
         for side, values in self.labels.items():
-            if any(type(v) is type(said) and v == said for v in (values if isinstance(values, tuple) else (values,))):
+            listed = values if isinstance(values, list) else [values]
+            if any(type(v) is type(said) and v == said for v in listed):
                 return Verdict(*SIDES[side])
         if not self.labels and said in SIDES:
             return Verdict(*SIDES[said])

@@ -35,8 +35,8 @@ reward it)."""
 
 
 def key_of(*texts: str) -> str:
-    """The key of a fence around these texts: 32 hexadecimal digits."""
-    found = blake2b(digest_size=16)
+    """The key of a fence around these texts: 16 hexadecimal digits."""
+    found = blake2b(digest_size=8)
     for text in texts:
         data = text.encode("utf-8", "surrogatepass")
         found.update(len(data).to_bytes(8, "little") + data)
