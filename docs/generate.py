@@ -7,6 +7,7 @@ Whole pages: the command line, the configuration, the hooks, the list of algorit
 from __future__ import annotations
 
 import inspect
+import json
 import os
 import re
 import sys
@@ -20,7 +21,9 @@ from typer.testing import CliRunner
 
 from prefopt import api, hookspecs
 from prefopt.batch import COLUMNS, CONSTANT, OUTPUTS, Draw
+from prefopt.bench.judging.page import METRICS
 from prefopt.bench.report import HEADLINE, TITLES, Report, name_of, notes, shown
+from prefopt.bench.stats import Interval
 from prefopt.cli.app import app
 from prefopt.components import Algorithm, RolloutAlgorithm
 from prefopt.config.judging import JudgingConfig
@@ -224,6 +227,21 @@ def results(name: str) -> str:
     return "\n".join([*lines, "", " ".join(notes(report)), made])
 
 
+def judged(name: str) -> str:
+    """The table of judges on one data set."""
+    found = json.loads((ROOT / "benchmarks/results/judges.json").read_text("utf-8"))[name]
+    judges = {
+        label: {k: Interval(**x) for k, x in judge["metrics"].items()} for label, judge in found["judges"].items()
+    }
+    there = [key for key in METRICS if any(key in metrics for metrics in judges.values())]
+    lines = ["| judge | " + " | ".join(METRICS[key] for key in there) + " |", "|" + "---|" * (len(there) + 1)]
+    for label, metrics in judges.items():
+        cells = [shown(metrics[key].model_copy(update={"n": None})) if key in metrics else "-" for key in there]
+        lines.append("| " + " | ".join([label, *cells]) + " |")
+    dropped = f", {found['left_out']} rows left out" if found["left_out"] else ""
+    return "\n".join([*lines, "", f"`{found['command']}`: {found['pairs']:,} pairs{dropped}."])
+
+
 WRITTEN = ("dpo", "grpo", "ppo", "sft", "reward_model", "reward_model_listwise")
 """Methods whose pages a person wrote."""
 
@@ -233,7 +251,8 @@ PAGES = {
     "docs/hooks.md": hooks,
     "docs/algorithms/README.md": algorithms,
 }
-TABLES = re.compile(r"<!-- results: ([\w-]+) -->\n.*?<!-- end -->", re.DOTALL)
+TABLES = re.compile(r"<!-- (results|judges): ([\w-]+) -->\n.*?<!-- end -->", re.DOTALL)
+MAKERS = {"results": results, "judges": judged}
 
 
 def pages() -> Iterator[tuple[Path, str]]:
@@ -246,7 +265,7 @@ def pages() -> Iterator[tuple[Path, str]]:
             yield ROOT / f"docs/algorithms/{entry.cls.name}.md", text
     for path in (ROOT / "README.md", ROOT / "benchmarks/README.md"):
         text = path.read_text("utf-8")
-        yield path, TABLES.sub(lambda m: f"<!-- results: {m[1]} -->\n{results(m[1])}\n<!-- end -->", text)
+        yield path, TABLES.sub(lambda m: f"<!-- {m[1]}: {m[2]} -->\n{MAKERS[m[1]](m[2])}\n<!-- end -->", text)
 
 
 def main() -> int:

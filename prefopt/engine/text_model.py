@@ -13,7 +13,7 @@ from prefopt.engine.forward import Scorer
 from prefopt.engine.models import Model
 from prefopt.engine.reference import Resident
 from prefopt.errors import DataError
-from prefopt.rows import Text, show_text
+from prefopt.rows import Text
 
 WEIGHTS = ("config.json", "tokenizer.json", "*.safetensors")
 
@@ -44,10 +44,9 @@ class Reader:
 
     def _read(self, prompt: Text, endings: List[str]) -> list[Tokens]:
         tokens = self.renderer.endings(prompt, endings)
-        limit, longest = self.renderer.max_length, max(map(len, tokens))
-        if limit is not None and longest > limit:
-            start = show_text(prompt)[:60]
-            raise DataError(f"the question {start!r} has {longest} tokens, more than the {limit} the model can read")
+        limit = self.renderer.max_length
+        if limit is not None and max(map(len, tokens)) > limit:
+            raise DataError(f"the question has more tokens than the {limit} the model can read")
         return tokens
 
 

@@ -49,7 +49,7 @@ def test_control_tokens_in_a_text_are_text(tiny_model, model):
 
 def test_a_question_that_is_too_long_is_refused(tiny_model):
     reader = EngineServices(0).language_model(str(tiny_model))
-    with pytest.raises(DataError, match="more than the 128 the model can read"):
+    with pytest.raises(DataError, match="more tokens than the 128 the model can read"):
         reader.logps(["a" * 128], ["A", "B"])
     with pytest.raises(ConfigError):
         EngineServices(0).language_model("nowhere/at/all")

@@ -47,7 +47,7 @@ def strengths(meetings: List[Meeting], systems: int, weights: np.ndarray) -> np.
         design[i, meeting.a], design[i, meeting.b] = 1.0, -1.0
     values = np.array([meeting.value for meeting in meetings])
     found = fitted(design, values, weights, np.full(systems, RIDGE))
-    return found - found.mean()
+    return np.asarray(found - found.mean())
 
 
 def controlled(meetings: List[Meeting], weights: np.ndarray) -> float:
