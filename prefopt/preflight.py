@@ -176,6 +176,9 @@ def _check_sampling(config: RunConfig) -> None:
     if own and config.rollout.n is not None:
         what = f"algorithm `{name}` says itself how many replies it draws"
         problems.append(Problem(what, "rollout.n", "Leave it out."))
+    if not draws and "sampled_logps" in _needs(config.algorithm).columns:
+        what = f"algorithm `{name}` asks for what a sampler says of its draws, and draws nothing"
+        problems.append(Problem(what, "algorithm", "Set rollout.n to draw replies for each prompt while training."))
     if draws and config.reward is None:
         what = f"algorithm `{name}` learns from scored replies, and nothing scores them"
         problems.append(Problem(what, "reward", "Name one: `prefopt plugins list` shows what there is."))

@@ -213,3 +213,16 @@ def test_algorithms_the_engine_cannot_serve(found, tiny_model, tmp_path, cls, wh
     found.registry.add(cls, "test", "0")
     with pytest.raises(PluginError, match=what):
         check(config(found, tiny_model, tmp_path, algorithm={"name": cls.name}), found.registry)
+
+
+class Remembering(Algorithm):
+    name, eats = "remembering", Comparison
+
+    def needs(self):
+        return Needs(before={"sampled_logps"})
+
+
+def test_what_a_sampler_says_cannot_be_asked_of_rows(found, tiny_model, tmp_path):
+    found.registry.add(Remembering, "test", "0")
+    with pytest.raises(ConfigError, match="asks for what a sampler says of its draws, and draws nothing"):
+        check(config(found, tiny_model, tmp_path, algorithm={"name": "remembering"}), found.registry)

@@ -29,7 +29,7 @@ def test_a_comparison_gives_chosen_then_rejected_with_its_numbers():
 
 def test_an_absent_number_is_absent_and_not_zero():
     assert "margin" not in Comparison(prompt="p", chosen=A, rejected=B).sequences(0)[0].fields
-    assert Rollout(prompt="p", completions=(A,)).sequences(0)[0].fields == {}
+    assert Rollout(prompt="p", completions=(A,)).sequences(0)[0].fields == {"finished": 1.0}
 
 
 def test_an_upright_comparison_has_the_preferred_side_as_chosen():

@@ -351,7 +351,7 @@ def test_columns_come_for_the_roles_that_ask():
 
 
 def test_every_column_can_be_made_up():
-    for name in COLUMNS:
+    for name in COLUMNS.keys() - {"sampled_logps"}:  # of samples alone
 
         class Reader(Base):
             name = "reader"
