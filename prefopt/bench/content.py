@@ -16,7 +16,7 @@ from pydantic import BaseModel
 
 from prefopt.components import Component, DataSource
 from prefopt.data.render import find_model
-from prefopt.engine.checkpoint import digest
+from prefopt.engine.folder import digest
 from prefopt.errors import PrefoptError
 from prefopt.preflight import WORLD
 

@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from prefopt.engine.folder import digest
 from prefopt.errors import ResourceError
 
 SCHEMA = 1
@@ -103,15 +104,6 @@ def rotate(root: Path, keep: int, protect: Iterable[int] = ()) -> None:
             shutil.rmtree(folder, ignore_errors=True)
     for folder in root.glob(".tmp-*"):
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def digest(path: Path) -> str:
-    """sha256 of a file."""
-    total = sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            total.update(block)
-    return total.hexdigest()
 
 
 def _signed(manifest: dict[str, Any]) -> dict[str, Any]:

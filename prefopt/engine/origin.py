@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from prefopt.config import RunConfig
-from prefopt.engine.checkpoint import digest
+from prefopt.engine.folder import digest
 from prefopt.errors import DataError, Problem, redact
 from prefopt.plugins import Plugins
 

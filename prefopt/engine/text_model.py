@@ -5,10 +5,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence as List
 from dataclasses import dataclass
-from hashlib import file_digest, sha256
+from hashlib import sha256
 from pathlib import Path
 
 from prefopt.data.render import Renderer, Tokens, find_model
+from prefopt.engine.folder import digest
 from prefopt.engine.forward import Scorer
 from prefopt.engine.models import Model
 from prefopt.engine.reference import Resident
@@ -58,8 +59,5 @@ def reader(path: str, model: Model, budget: int) -> Reader:
 
 def hashed(folder: Path) -> str:
     """A hash of what makes a model what it is."""
-    found = sha256()
-    for path in sorted(p for pattern in WEIGHTS for p in folder.glob(pattern)):
-        with path.open("rb") as file:
-            found.update(path.name.encode() + file_digest(file, "sha256").digest())
-    return found.hexdigest()
+    paths = sorted(path for pattern in WEIGHTS for path in folder.glob(pattern))
+    return sha256("\n".join(f"{path.name} {digest(path)}" for path in paths).encode()).hexdigest()

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from prefopt.cli.app import app
 from prefopt.cli.resume import read_back
 from prefopt.config import anchored, dump, resolved
-from prefopt.engine.checkpoint import digest
+from prefopt.engine.folder import digest
 from prefopt.errors import ConfigError, DataError, PrefoptError, redact
 from prefopt.plugins import load
 from prefopt.session import train

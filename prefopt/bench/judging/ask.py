@@ -6,24 +6,54 @@ import time
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as List
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from prefopt.components import Services
+from prefopt.components import Scorer, Services, TextModel
 from prefopt.config.judging import JudgingConfig
 from prefopt.config.models import RowsConfig
 from prefopt.data.check import Policy, Reject, screened
-from prefopt.data.streams import derive
-from prefopt.engine.services import EngineServices
+from prefopt.data.streams import derive, generator
 from prefopt.errors import ConfigError
 from prefopt.rows import Row, show_text
 from prefopt.verdicts import Comparer, Pair, Verdict, answered
 
+if TYPE_CHECKING:
+    import numpy as np
+
 Say = Callable[[str], None]
 
 
-def services_of(config: JudgingConfig) -> EngineServices:
+@dataclass(frozen=True)
+class JudgeServices:
+    """Implements `prefopt.components.Services` without loading torch before a model is asked for."""
+
+    seed: int
+    folder: Path
+
+    def rng(self, *purpose: str | int) -> np.random.Generator:
+        return generator(self.seed, "component", *purpose)
+
+    def kept(self, name: str) -> Path:
+        return self.folder / name
+
+    def scorer(self, path: str) -> Scorer:
+        return self._engine.scorer(path)
+
+    def language_model(self, path: str) -> TextModel:
+        return self._engine.language_model(path)
+
+    @cached_property
+    def _engine(self) -> Services:
+        from prefopt.engine.services import EngineServices
+
+        return EngineServices(self.seed, folder=self.folder)
+
+
+def services_of(config: JudgingConfig) -> JudgeServices:
     """What judges may ask for; replies are kept in the folder of the output."""
-    return EngineServices(config.seed, folder=Path(config.out))
+    return JudgeServices(config.seed, Path(config.out))
 
 
 def rows_of(config: RowsConfig | None, services: Services, where: str) -> tuple[List[Row], list[Reject]]:

@@ -226,7 +226,7 @@ def test_a_configuration_says_who_judges(folder):
     with pytest.raises(PrefoptError, match="none of the systems"):
         configured(folder, baseline="x")
     data = {"source": "jsonl", "path": write(folder / "prompts.jsonl", [{"prompt": "p"}])}
-    with pytest.raises(PrefoptError, match="prompt rows"):
+    with pytest.raises(PrefoptError, match="a prompt cannot become a comparison"):
         evaluate(configured(folder, data=data), lambda line: None)
     with pytest.raises(PrefoptError, match="without two replies cannot be compared"):
         label(configured(folder, data=data), lambda line: None)
