@@ -160,7 +160,7 @@ class Session:
         """The loop, restored from the last checkpoint if there is one, and the evaluation beside it."""
         config = self.config
         torch.manual_seed(derive(config.run.seed, "torch"))
-        self.services = EngineServices(config.run.seed, self.ranks.device, self.folder.kept)
+        self.services = EngineServices(config.run.seed, self.ranks.device, self.folder.path)
         self.model = self._model_config(config.model)
         self.tokenizer = load_tokenizer(self.model.path, self.model.trust_remote_code)
         scorer = self._scorer(self.model)
