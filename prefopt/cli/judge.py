@@ -27,7 +27,13 @@ def write_labels(path: Path, overrides: Sequence[str], say: Say) -> list[str]:
     """Labels the rows; says where they are."""
     result = label(read(path, overrides), say)
     missing = [f"  without a verdict, {n:,} times: {why}" for why, n in result.missing.items()]
-    return [*missing, f"{result.labelled:,} rows in {result.path}"]
+    usage = result.usage
+    fooled = (
+        [f"  canaries: {usage['fooled']:.0f} of {usage['canaries']:.0f} fooled the judge"]
+        if "canaries" in usage
+        else []
+    )
+    return [*missing, *fooled, f"{result.labelled:,} rows in {result.path}"]
 
 
 def write_evaluation(path: Path, overrides: Sequence[str], say: Say) -> list[str]:

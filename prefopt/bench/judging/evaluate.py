@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence as List
+from functools import partial
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -12,6 +13,7 @@ from prefopt.bench.judging.ask import Clock, Say, batches, in_drawn_order, rows_
 from prefopt.bench.judging.measures import Judged, measured, spent
 from prefopt.bench.report import commit_of
 from prefopt.bench.stats import Interval
+from prefopt.components import Judge
 from prefopt.config import resolved
 from prefopt.config.judging import JudgingConfig
 from prefopt.data.adapt import adapt
@@ -62,16 +64,27 @@ def evaluate(config: JudgingConfig, say: Say) -> JudgeReport:
     )
     results = []
     for label, judge in config.named.items():
-        judged = ask_all(judge.open(services), pairs, config, lambda line, label=label: say(f"{label}: {line}"))  # type: ignore[misc]
-        why = Counter(pair.verdict.reason for pair in judged if pair.verdict.value is None)
-        facts = {"settings": judge.model_dump(mode="json"), "metrics": measured(judged, config.seed)}
-        results.append(
-            JudgeResult(label=label, usage=dict(spent(judged)), missing=dict(why.most_common(REASONS)), **facts)
-        )
+        judged = ask_all(judge.open(services), pairs, config, partial(_say, say, label))
+        results.append(_result(label, judge, judged, config.seed))
     report = JudgeReport(
         commit=commit_of(), pairs=len(pairs), left_out=len(rejects), configuration=resolved(config), judges=results
     )
     return JudgeReport.model_validate(redact(report.model_dump(mode="json")))
+
+
+def _say(say: Say, label: str, line: str) -> None:
+    say(f"{label}: {line}")
+
+
+def _result(label: str, judge: Judge, judged: List[Judged], seed: int) -> JudgeResult:
+    why = Counter(pair.verdict.reason for pair in judged if pair.verdict.value is None)
+    return JudgeResult(
+        label=label,
+        settings=judge.model_dump(mode="json"),
+        metrics=measured(judged, seed),
+        usage=dict(spent(judged)),
+        missing=dict(why.most_common(REASONS)),
+    )
 
 
 def ask_all(compare: Comparer, pairs: List[Comparison], config: JudgingConfig, say: Say) -> list[Judged]:

@@ -25,11 +25,12 @@ LABELS = "labels.jsonl"
 
 @dataclass(frozen=True)
 class Result:
-    """Where the labels are, how many rows have one, and why the others have none."""
+    """Where the labels are, how many rows have one, why the others have none, and what those of this time took."""
 
     path: Path
     labelled: int
     missing: dict[str, int]
+    usage: dict[str, float]
 
 
 def label(config: JudgingConfig, say: Say) -> Result:
@@ -45,16 +46,18 @@ def label(config: JudgingConfig, say: Say) -> Result:
     say(f"{len(rows):,} rows, {len(rows) - len(todo):,} labelled before, {count:,} questions to ask")
     opened = judge.open(services)
     compare = both_orders(opened) if config.both_orders else in_drawn_order(opened, config.seed)
-    missing = _label(todo, compare, config, file, say)
+    missing, usage = _label(todo, compare, config, file, say)
     total = sum(missing.values())
     if total > config.max_missing * max(len(rows), 1):
         reasons = "; ".join(f"{count:,} times: {reason}" for reason, count in missing.most_common(3))
         fix = f"The others are in {file.path}; the same command asks for these again."
         raise ServiceError(f"{total:,} of {len(rows):,} rows have no verdict. {reasons}", fix=fix)
-    return Result(file.path, len(rows) - total, dict(missing))
+    return Result(file.path, len(rows) - total, dict(missing), usage)
 
 
-def _label(todo: List[Item], compare: Comparer, config: JudgingConfig, file: LabelFile, say: Say) -> Counter[str]:
+def _label(
+    todo: List[Item], compare: Comparer, config: JudgingConfig, file: LabelFile, say: Say
+) -> tuple[Counter[str], dict[str, float]]:
     clock, missing, usage = Clock(len(todo), "rows", say), Counter[str](), dict[str, float]()
     for batch in batches([len(item.met) for item in todo], config.batch):
         some = [todo[i] for i in batch]
@@ -64,7 +67,7 @@ def _label(todo: List[Item], compare: Comparer, config: JudgingConfig, file: Lab
         missing.update(_why(found) for _, found in told if _why(found))
         usage = added([usage, *(v.usage for _, found in told for v in found)])
         clock.tick(batch.stop, f", {usage.get('calls', 0):,.0f} calls" + _cost(usage))
-    return missing
+    return missing, usage
 
 
 def _cost(usage: dict[str, float]) -> str:

@@ -178,6 +178,20 @@ def command(folder, name, **sections):
     return CliRunner().invoke(app, ["judge", name, str(folder / "judging.yaml")], catch_exceptions=False)
 
 
+def test_label_says_where_the_rows_are_and_how_often_a_canary_worked(folder):
+    data = {"source": "jsonl", "path": write(folder / "pairs.jsonl", PAIRS)}
+    done = command(folder, "label", data=data, judge={"name": "vowels"})
+    assert done.exit_code == 0
+    assert done.output.splitlines()[-1] == f"3 rows in {folder}/out/labels.jsonl"
+    from prefopt.testing.tiny import build_tiny
+
+    build_tiny(folder / "model", max_position_embeddings=2048)
+    local = {"name": "local", "path": str(folder / "model"), "canaries": 2}
+    done = command(folder, "label", data=data, judge=local, out=str(folder / "local"))
+    assert done.exit_code == 0
+    assert "of 2 fooled the judge" in done.output
+
+
 def test_evaluate_prints_a_table_and_writes_a_page(folder):
     data = {"source": "jsonl", "path": write(folder / "pairs.jsonl", PAIRS[:2] * 3)}
     judges = {"vowels": {"name": "vowels"}, "longer": {"name": "rule", "prefer": "longer"}}
