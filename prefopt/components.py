@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as List
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol, get_args, get_origin
@@ -106,6 +107,11 @@ class Component(BaseModel):
     """`distribution:name`, where the configuration says which of two plugins it means."""
 
     @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        if not cls.name:
+            _read_annotations(cls)
+
+    @classmethod
     def summary(cls) -> str:
         """The first paragraph of the docstring."""
         return " ".join((inspect.getdoc(cls) or "").partition("\n\n")[0].split())
@@ -135,6 +141,15 @@ class Component(BaseModel):
     @classmethod
     def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
         return handler(schema) if cls.name else {"x-component": cls.kind}
+
+
+def _read_annotations(cls: type[BaseModel]) -> None:
+    """Reads the annotations of a base once: pydantic would compile their text again for each class built on it."""
+    with suppress(NameError):
+        cls.__annotations__ = inspect.get_annotations(cls, eval_str=True)
+
+
+_read_annotations(Component)
 
 
 class Services(Protocol):
