@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
@@ -95,8 +96,11 @@ def _load_order(entry: EntryPoint) -> tuple[bool, str, str]:
     return name != CORE, name, entry.name
 
 
+@cache
 def _owner(entry: EntryPoint) -> tuple[str, str]:
-    return (entry.dist.name, entry.dist.version) if entry.dist else ("unknown", "?")
+    """Name and version of its distribution, whose metadata are parsed anew whenever they are asked for."""
+    metadata = entry.dist.metadata if entry.dist else {"Name": "unknown", "Version": "?"}
+    return metadata["Name"], metadata["Version"]
 
 
 def _load_one(entry: EntryPoint, name: str, version: str, plugins: Plugins) -> None:
