@@ -118,10 +118,10 @@ class _Rows:
         def zeros(dtype: torch.dtype, *more: int) -> Tensor:
             return torch.zeros(slots, *more, dtype=dtype, device=device)
 
-        base, last, count, capacity = (zeros(torch.long) for _ in range(4))
+        base, last, count, rooms = (zeros(torch.long) for _ in range(4))
         greedy, over = (zeros(torch.bool) for _ in range(2))
         numbers, logps = (zeros(torch.double, room + 1) for _ in range(2))
-        return cls(base, last, count, capacity, greedy, over, zeros(torch.long, room + 1), numbers, logps)
+        return cls(base, last, count, rooms, greedy, over, zeros(torch.long, room + 1), numbers, logps)
 
     def start(self, slot: int, request: Request, room: int, greedy: bool) -> None:
         self.base[slot], self.last[slot] = len(request.prompt) - 1, request.prompt[-1]

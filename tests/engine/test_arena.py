@@ -51,6 +51,14 @@ def test_a_window_is_kept_in_the_probe_and_after_it(tmp_path):
     assert network.config.sliding_window == 6
 
 
+def test_a_word_that_is_ruled_out_is_no_disagreement(tiny_model):
+    network = AutoModelForCausalLM.from_pretrained(tiny_model)
+    network.lm_head.register_forward_hook(
+        lambda module, inputs, logits: logits.index_fill(-1, torch.tensor([7]), -torch.inf)
+    )
+    assert disagreement(network) is None
+
+
 def test_a_model_whose_slots_do_not_hold_is_drawn_row_by_row_and_says_so_once(tiny_model, monkeypatch):
     """Here one that forgets a place of every row."""
     opened, heard = open_model(str(tiny_model), CPU), []
