@@ -3,9 +3,13 @@
     python benchmarks/compare/compare.py WORKLOAD PEER_PYTHON OUT.json [--methods dpo,sft,reward_model] [--blocks 5]
 
 WORKLOAD is made by `workload.py`, PEER_PYTHON is the interpreter of the environment made by `make_venv.sh`. TRL runs
-in its default layout (the whole step in one forward pass) and at its best: the fastest of 1, 2, 4 and 8 rows at a time
-(of those that it accepts) with precomputed reference and fused AdamW. Seconds are medians over all steps of all blocks;
-the reference pass of one epoch is spread over its steps, on both sides.
+in its default layout (the whole step in one forward pass) and at its best: the fastest of several numbers of rows at a
+time (of those that it accepts) with precomputed reference and fused AdamW. Seconds are medians over all steps of all
+blocks; the reference pass of one epoch is spread over its steps, on both sides.
+
+A step of grpo and rloo draws 8 completions of 64 tokens for each of 4 prompts, scores them and makes one update. What
+our side draws is given to the other for the comparison of losses and gradients, and both get a random model for the
+reference, so that KL counts from the first step on; in the blocks each draws for itself.
 """
 
 from __future__ import annotations
@@ -19,12 +23,15 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import median, quantiles
+from statistics import fmean, median, quantiles
 from typing import Any
+
+from worker import BETA, PROMPTS, SAMPLES, TOKENS
 
 HERE = Path(__file__).parent
 STEPS = 2
 MICRO = (1, 2, 4, 8)
+MICRO_ONLINE = (2, 4, 8, 16, 32)
 REFUSED = {"kto": (1,)}
 """Rows at a time with which TRL ends in an error: its z needs another row of the microbatch."""
 LOSS, GRADIENT = 1e-5, 1e-4
@@ -93,21 +100,51 @@ def peer(python: str, workload: Path, method: str, steps: int, micro: int, *more
     return Side(f"TRL, {micro} rows at a time{', best settings' if 'best' in more else ''}", command)
 
 
+def whole(method: str) -> int:
+    """The rows of a step that TRL puts through the model at once unless told otherwise."""
+    return PROMPTS * SAMPLES if method in BETA else max(MICRO)
+
+
+def same_draws(workload: Path, folder: Path) -> tuple[list[str], list[str]]:
+    """What makes both sides learn from the same draws and the same reference, a random model other than the policy."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
+
+    set_seed(1)
+    other = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(workload / "model"))
+    for part in (other, AutoTokenizer.from_pretrained(workload / "model")):
+        part.save_pretrained(folder / "reference")
+    mine = [f"run.dir={folder}/run", f"reference.path={folder}/reference"]
+    return mine, [f"recorded={folder}/run/journal", f"reference={folder}/reference"]
+
+
+def spread(journal: Path) -> float:
+    """How far scores lie from the mean of their group: the size of the terms of RLOO's loss, which add up to 0."""
+    groups = [g for path in journal.glob("*.json") for g in json.loads(path.read_text("utf-8"))["rollouts"]]
+    scores = [[c["score"] for c in group["completions"]] for group in groups]
+    return fmean(abs(x - fmean(own)) for own in scores for x in own)
+
+
 def equality(python: str, workload: Path, method: str) -> dict[str, float]:
     """Losses of two steps and gradients of the first, ours against TRL's. Ends the comparison when they differ."""
     from safetensors.torch import load_file
 
-    with tempfile.TemporaryDirectory() as folder:
-        files = [Path(folder) / name for name in ("ours.safetensors", "theirs.safetensors")]
-        sides = [ours(workload, method, 2, str(files[0])), peer(python, workload, method, 2, 8, str(files[1]))]
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        files = [folder / name for name in ("ours.safetensors", "theirs.safetensors")]
+        mine, theirs = same_draws(workload, folder) if method in BETA else ([], [])
+        sides = [
+            ours(workload, method, 2, str(files[0]), *mine),
+            peer(python, workload, method, 2, whole(method), str(files[1]), *theirs),
+        ]
         for side in sides:
             with side:
                 side.train(2)
         a, b = map(load_file, files)
+        unit = spread(folder / "run" / "journal") if method == "rloo" else 0.0
     names = sorted(a.keys() & b.keys())
     off = sum(float((a[n] - b[n]).double().square().sum()) for n in names) ** 0.5
     size = sum(float(b[n].double().square().sum()) for n in names) ** 0.5
-    losses = [abs(x - y) / abs(y) for x, y in zip(sides[0].losses, sides[1].losses, strict=True)]
+    losses = [abs(x - y) / max(abs(y), unit) for x, y in zip(sides[0].losses, sides[1].losses, strict=True)]
     found = {"loss": max(losses), "gradient": off / size, "tensors": len(names)}
     if found["loss"] > LOSS or found["gradient"] > GRADIENT:
         raise SystemExit(f"{method}: the two sides do not compute the same: {found}")
@@ -117,7 +154,8 @@ def equality(python: str, workload: Path, method: str) -> dict[str, float]:
 def tried(python: str, workload: Path, method: str) -> dict[int, float]:
     """Seconds of a step of TRL by the rows at a time that it accepts: two steps after one to warm up."""
     seconds = {}
-    for micro in (m for m in MICRO if m not in REFUSED.get(method, ())):
+    sizes = MICRO_ONLINE if method in BETA else MICRO
+    for micro in (m for m in sizes if m not in REFUSED.get(method, ())):
         with peer(python, workload, method, 3, micro, "best") as side:
             side.train(1)
             seconds[micro] = median(side.train(2))
@@ -127,7 +165,8 @@ def tried(python: str, workload: Path, method: str) -> dict[int, float]:
 
 def needed_gflop(workload: Path, method: str, steps: Sequence[int]) -> float:
     """Mean useful work of a step: each token of a pair's row once, scored positions through the head, forward and
-    backward, no recomputation; attention by visible pairs of places. KTO's mismatched replies go forward only."""
+    backward, no recomputation; attention by visible pairs of places. KTO's mismatched replies go forward only; samples
+    go forward twice more, to be drawn and to be scored by the reference."""
     from transformers import AutoConfig, AutoTokenizer
 
     config = AutoConfig.from_pretrained(workload / "model")
@@ -144,6 +183,8 @@ def needed_gflop(workload: Path, method: str, steps: Sequence[int]) -> float:
     def work(i: int) -> float:
         row = rows[i]
         prompt = len(reader(row["prompt"])["input_ids"])
+        if method in BETA:
+            return 5 * flop(prompt, [TOKENS] * SAMPLES, TOKENS * SAMPLES)
         sizes = {s: len(reader(row["prompt"] + row[s])["input_ids"]) + 1 - prompt for s in ("chosen", "rejected")}
         both = list(sizes.values())
         if method == "kto":
@@ -153,7 +194,8 @@ def needed_gflop(workload: Path, method: str, steps: Sequence[int]) -> float:
         scored = {"reward_model": 0, "orpo": prompt + sum(both)}.get(method, sum(used))
         return 3 * flop(prompt, used, scored)
 
-    return sum(work(8 * step + i) for step in steps for i in range(8)) / len(steps) / 1e9
+    size = PROMPTS if method in BETA else 8
+    return sum(work(size * step + i) for step in steps for i in range(size)) / len(steps) / 1e9
 
 
 def compare(python: str, workload: Path, method: str, blocks: int) -> dict[str, Any]:
@@ -164,7 +206,7 @@ def compare(python: str, workload: Path, method: str, blocks: int) -> dict[str, 
     total = STEPS * (blocks + 1)
     sides = [
         ours(workload, method, total),
-        peer(python, workload, method, total, 8),
+        peer(python, workload, method, total, whole(method)),
         peer(python, workload, method, total, micro, "best"),
     ]
     with sides[0], sides[1], sides[2]:

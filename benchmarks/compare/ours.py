@@ -1,7 +1,7 @@
 """prefopt's side: `python ours.py WORKLOAD METHOD TOTAL_STEPS [GRADIENTS] [KEY=VALUE...]`, as `worker.py` says.
 
-METHOD is dpo, sft, reward_model, orpo or kto; GRADIENTS a file for those of the first step; KEY=VALUE overrides the
-configuration.
+METHOD is dpo, sft, reward_model, orpo, kto, grpo or rloo; GRADIENTS a file for those of the first step; KEY=VALUE
+overrides the configuration. What grpo and rloo draw lies in the run's folder: `run.dir` says where.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from worker import Steps, answer, orders, peak_mb, resident_mb, roof
+from worker import BETA, PROMPTS, SAMPLES, TOKENS, Steps, answer, orders, peak_mb, resident_mb, roof
 
 from prefopt import session
 from prefopt.config import load_run
 from prefopt.engine.folder import RunFolder
 from prefopt.engine.loop import Loop
+from prefopt.engine.models import Model
 from prefopt.engine.ranks import Ranks
 from prefopt.plugins import load
 
@@ -29,8 +30,12 @@ prefopt: 1
 model: {{path: {workload}/{model}}}
 data: {{source: jsonl, path: {workload}/{rows}.jsonl}}
 algorithm: {{name: {method}{settings}}}
-optim: {{lr: 1.0e-5, batch_size: 8, schedule: constant, max_grad_norm: 1.0e9}}
+optim: {{lr: 1.0e-5, batch_size: {rows_a_step}, schedule: constant, max_grad_norm: 1.0e9}}
 run: {{dir: {folder}/run, steps: {steps}, device: cpu, threads: 2}}
+"""
+DRAWN = f"""
+sampler: {{name: continuous, max_new_tokens: {TOKENS}}}
+reward: {{name: function, function: {Path(__file__).with_name("reward.py")}:letters}}
 """
 
 
@@ -49,13 +54,9 @@ def build(workload: Path, method: str, steps: int, folder: Path, overrides: list
     """A loop over the pairs in order, and the seconds its reference pass took."""
     plugins = load()
     plugins.manager.unregister(name="prefopt:progress")
-    settings = {"workload": workload, "method": method, "folder": folder, "steps": steps}
-    settings["rows"] = "judgements" if method == "kto" else "pairs"
-    settings["settings"] = ", nll: sequence" if method == "orpo" else ""  # TRL's dialect
-    settings["model"] = "classifier" if method == "reward_model" else "model"
-    (folder / "run.yaml").write_text(CONFIG.format(**settings))
+    (folder / "run.yaml").write_text(written(workload, method, steps, folder))
     config = load_run(folder / "run.yaml", plugins.find, overrides)
-    run = session.Session(config, plugins, Ranks("cpu", 2), RunFolder(folder / "run"), print)
+    run = session.Session(config, plugins, Ranks("cpu", 2), RunFolder(Path(config.run.dir)), print)
     run.folder.create()
     seconds = [0.0]
     fill = run._fill
@@ -69,7 +70,22 @@ def build(workload: Path, method: str, steps: int, folder: Path, overrides: list
     run._fill = timed  # type: ignore[method-assign]
     loop, _ = run.assemble()
     loop.order = InOrder(config.optim.batch_size, steps)  # type: ignore[assignment]
+    if loop.collector is not None:
+        loop.collector.order = loop.order
+        Model.end_ids = frozenset()  # type: ignore[assignment,method-assign]  # an end that never comes
     return loop, seconds[0]
+
+
+def written(workload: Path, method: str, steps: int, folder: Path) -> str:
+    """The configuration of a run."""
+    settings = {"workload": workload, "method": method, "folder": folder, "steps": steps}
+    settings["rows"] = "judgements" if method == "kto" else "pairs"
+    settings["rows_a_step"] = PROMPTS if method in BETA else 8
+    settings["settings"] = ", nll: sequence" if method == "orpo" else ""  # TRL's dialect
+    if method in BETA:
+        settings["settings"] = f", n: {SAMPLES}, beta: {BETA[method]}"
+    settings["model"] = "classifier" if method == "reward_model" else "model"
+    return CONFIG.format(**settings) + (DRAWN if method in BETA else "")
 
 
 def main() -> None:

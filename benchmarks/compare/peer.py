@@ -1,7 +1,8 @@
-"""TRL's side: `python peer.py WORKLOAD METHOD TOTAL_STEPS MICRO [best] [GRADIENTS]`, as `worker.py` says.
+"""TRL's side: `python peer.py WORKLOAD METHOD TOTAL_STEPS MICRO [best] [GRADIENTS] [KEY=VALUE...]`, see `worker.py`.
 
 Run it in an environment of its own (`make_venv.sh`). MICRO is how many rows go through the model at once; `best` adds
-what helps TRL on a CPU: precomputed reference log-probabilities and fused AdamW.
+what helps TRL on a CPU: precomputed reference log-probabilities and fused AdamW. Methods that sample take
+`recorded=JOURNAL`, draws of the other side instead of their own, and `reference=MODEL`.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from peer_online import online, replay
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
-from worker import Steps, answer, orders, peak_mb, roof
+from worker import BETA, PROMPTS, SAMPLES, Steps, answer, orders, peak_mb, roof
 
 BATCH, MAX_LENGTH = 8, 2048
 
@@ -63,22 +65,23 @@ def rows(workload: Path, method: str, count: int) -> Dataset:
     name = "judgements" if method == "kto" else "pairs"
     lines = (workload / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()[:count]
     found = [json.loads(line) for line in lines]
+    if method in BETA:
+        found = [{"prompt": row["prompt"]} for row in found]
     if method == "sft":
         found = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in found]
     return Dataset.from_list(found)
 
 
 def trainer(workload: Path, method: str, steps: int, micro: int, best: bool, callback: Blocks) -> Any:
+    batch = PROMPTS * SAMPLES if method in BETA else BATCH
     common: dict[str, Any] = {
         "output_dir": tempfile.mkdtemp(),
         "max_steps": steps,
         "per_device_train_batch_size": micro,
-        "gradient_accumulation_steps": BATCH // micro,
-        "max_length": MAX_LENGTH,
+        "gradient_accumulation_steps": batch // micro,
         "learning_rate": 1e-5,
         "lr_scheduler_type": "constant",
         "max_grad_norm": 1e9,
-        "train_sampling_strategy": "sequential",
         "use_cpu": True,
         "bf16": False,
         "gradient_checkpointing": False,
@@ -90,6 +93,9 @@ def trainer(workload: Path, method: str, steps: int, micro: int, best: bool, cal
         **({"optim": "adamw_torch_fused"} if best else {}),
     }
     path = workload / "model"
+    if method in BETA:
+        return online(path, method, common, rows(workload, method, PROMPTS * steps), callback)
+    common |= {"max_length": MAX_LENGTH, "train_sampling_strategy": "sequential"}
     make: Any
     config: Any
     if method == "reward_model":
@@ -127,7 +133,8 @@ def trainer(workload: Path, method: str, steps: int, micro: int, best: bool, cal
 
 def main() -> None:
     workload, method, steps, micro = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
-    gradients = next((Path(a) for a in sys.argv[5:] if a != "best"), None)
+    gradients = next((Path(a) for a in sys.argv[5:] if a != "best" and "=" not in a), None)
+    given = dict(a.split("=", 1) for a in sys.argv[5:] if "=" in a)
     reference = [0.0]
     if method in ("dpo", "kto"):
         import trl
@@ -143,6 +150,8 @@ def main() -> None:
 
         owner._precompute_ref_logps = timed
     run = trainer(workload, method, steps, micro, "best" in sys.argv[5:], Blocks(gradients))
+    if given:
+        replay(run, method, Path(given["recorded"]), Path(given["reference"]))
     import trl
 
     answer(ready=True, reference_seconds=reference[0] / steps, trl=trl.__version__, torch=torch.__version__)

@@ -15,6 +15,11 @@ from pathlib import Path
 
 import torch
 
+PROMPTS, SAMPLES, TOKENS = 4, 8, 64
+"""A step of a method that samples: no completion ends before its last token."""
+BETA = {"grpo": 0.04, "rloo": 0.05}
+"""Methods that sample, and the price of a nat of KL divergence: what prefopt takes unless told otherwise."""
+
 
 @dataclass
 class Steps:
