@@ -194,16 +194,25 @@ class Bandit(World):
             "max_position_embeddings": 16,
             "initializer_range": 0.1,
         }
-        return Recipe(config, _tokenizer(), {"pad_token": "<end>", "eos_token": "<end>", "unk_token": "<end>"})
+        return Recipe(config, _tokenizer(), dict.fromkeys(("bos_token", "pad_token", "eos_token", "unk_token"), "<end>"))
 
 
 def _tokenizer() -> dict[str, Any]:
-    """A token for each letter, as `tokenizer.json`."""
+    """A token for each letter, as `tokenizer.json`. `<end>` stands before each text too: without it, attention over
+    `a`, `aa` and `aaa` gives the same, and no model could follow p*."""
+    first = {"SpecialToken": {"id": "<end>", "type_id": 0}}
+    text = [first, {"Sequence": {"id": "A", "type_id": 0}}]
     plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     return {
         "version": "1.0",
         "added_tokens": [{"id": i, "content": VOCABULARY[i], "special": True, **plain} for i in (END,)],
         "pre_tokenizer": {"type": "Split", "pattern": {"Regex": "."}, "behavior": "Isolated", "invert": False},
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": text,
+            "pair": [*text, {"Sequence": {"id": "B", "type_id": 0}}],
+            "special_tokens": {"<end>": {"id": "<end>", "ids": [END], "tokens": ["<end>"]}},
+        },
         "decoder": {"type": "Fuse"},
         "model": {"type": "WordLevel", "vocab": {t: i for i, t in enumerate(VOCABULARY)}, "unk_token": "<end>"},
     }
