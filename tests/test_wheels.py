@@ -119,6 +119,7 @@ def test_dpo_comes_and_goes_with_its_wheel(wheels, tmp_path, config):
     assert "unknown algorithm `dpo`" in environment("prefopt", "validate", config, code=2)
 
 
+@pytest.mark.slow
 def test_a_plugin_from_outside_has_every_right_without_an_edit_in_the_core(wheels, tmp_path, config):
     """Scaffolded by the installed wheel, then listed, validated, trained, benchmarked, explained, and conforming."""
     environment = Environment(tmp_path / "env")

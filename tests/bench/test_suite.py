@@ -120,6 +120,7 @@ def test_running_again_does_no_work_and_writes_the_same(ran, report):
     assert again.comparable() == report.comparable()
 
 
+@pytest.mark.slow
 def test_another_folder_gives_the_same_numbers_byte_for_byte(ran, report, tmp_path):
     root, _ = ran
     list(run_suite(root / "suite.yaml", ["seeds=[1]", "workers=1"], tmp_path / "again"))
