@@ -51,10 +51,15 @@ def dependencies(config: Any, find: Find) -> dict[str, Any]:
     models = {text: folder for text in texts if (folder := _model_folder(text)) is not None}
     return {
         "code": {name: fingerprint(name) for name in packages},
-        "versions": {name: version(name) for name in LIBRARIES},
+        "versions": dict(_versions()),
         "files": {name: _file(Path(name).expanduser()) for name in files},
         "models": {text: {path.name: _file(path) for path in _model_files(folder)} for text, folder in models.items()},
     }
+
+
+@cache
+def _versions() -> tuple[tuple[str, str], ...]:
+    return tuple((name, version(name)) for name in LIBRARIES)
 
 
 def _walk(node: Any) -> Iterator[Any]:
