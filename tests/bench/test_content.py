@@ -65,7 +65,7 @@ def test_files_that_are_not_there_are_left_to_the_check_of_the_run(place):
 def test_another_version_of_a_library_is_other_work(place, monkeypatch):
     _, key = place
     before = key()
-    monkeypatch.setattr(content, "version", lambda name: "9.9" if name == "torch" else "1.0")
+    monkeypatch.setattr(content, "_versions", lambda: (("torch", "9.9"),))
     assert key() != before
 
 

@@ -260,7 +260,7 @@ def test_500_mutated_configurations(plugins, tmp_path):
     rejected = accepted = 0
     for _ in range(500):
         data, unknown = mutated(base, draw)
-        path.write_text(dump(data))
+        path.write_text(json.dumps(data))
         try:
             config = load_run(path, plugins.find)
         except PrefoptError as error:

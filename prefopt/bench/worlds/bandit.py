@@ -194,7 +194,8 @@ class Bandit(World):
             "max_position_embeddings": 16,
             "initializer_range": 0.1,
         }
-        return Recipe(config, _tokenizer(), dict.fromkeys(("bos_token", "pad_token", "eos_token", "unk_token"), "<end>"))
+        special = dict.fromkeys(("bos_token", "pad_token", "eos_token", "unk_token"), "<end>")
+        return Recipe(config, _tokenizer(), special)
 
 
 def _tokenizer() -> dict[str, Any]:
