@@ -7,14 +7,10 @@ from prefopt.addresses import ServiceURL, TokenName, secret, unencrypted
 from prefopt.batch import Batch, Draw, Loss, Needs, Policy, StepContext
 from prefopt.components import (
     Algorithm,
-    Arena,
     Component,
     DataSource,
-    Drawer,
     Judge,
-    LanguageModel,
     Recipe,
-    Request,
     RewardSource,
     RolloutAlgorithm,
     Sampler,
@@ -57,6 +53,7 @@ from prefopt.rows import (
     opening,
     show_text,
 )
+from prefopt.sampling import Arena, Drawer, LanguageModel, Request
 from prefopt.verdicts import Comparer, Pair, Pairing, Verdict, added, agreed, answered, both_orders, places, win_rates
 
 __all__ = [

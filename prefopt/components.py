@@ -9,9 +9,9 @@ from __future__ import annotations
 import inspect
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as List
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol, get_args, get_origin
@@ -34,14 +34,14 @@ from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from prefopt.batch import Batch, Draw, Loss, Needs, Policy, StepContext
 from prefopt.errors import PluginError
-from prefopt.rows import Comparison, Completion, Rollout, Row, Sequence, Text
+from prefopt.rows import Comparison, Rollout, Row, Sequence, Text
+from prefopt.sampling import Drawer, LanguageModel
 from prefopt.verdicts import Comparer, Pair, Verdict
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     import numpy as np
-    import torch
     from torch import Tensor
 
 
@@ -351,60 +351,6 @@ class DataSource(Component):
         return ()
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
-    """One completion to draw: the prompt's tokens, and the key its random numbers derive from; a `greedy` one takes the
-    most probable token each time."""
-
-    prompt: tuple[int, ...]
-    key: int
-    greedy: bool = False
-
-
-class LanguageModel(Protocol):
-    """What a sampler sees of a model."""
-
-    @property
-    def network(self) -> torch.nn.Module:
-        """Called as `network(input_ids=..., past_key_values=..., use_cache=True)`."""
-
-    @property
-    def device(self) -> torch.device:
-        """Where it computes."""
-
-    @property
-    def end_ids(self) -> frozenset[int]:
-        """The tokens that end a completion."""
-
-    @property
-    def positions(self) -> int | None:
-        """The most tokens it can read, prompt and completion together; None when it sets no limit."""
-
-    def decode(self, ids: List[int]) -> str:
-        """The text of completion tokens, without special tokens."""
-
-    def arena(self, slots: int, capacity: int) -> Arena:
-        """Room for `slots` rows of at most `capacity` tokens."""
-
-
-class Arena(Protocol):
-    """What a model has read of rows that go on, one in each slot: its keys and values."""
-
-    def read(self, prompts: List[tuple[int, ...]], slots: List[int]) -> None:
-        """Reads each prompt from the beginning of its slot. What the slot held is lost."""
-
-    def copy(self, source: int, targets: List[int], length: int) -> None:
-        """Puts the first `length` tokens of a slot into others."""
-
-    def advance(self, tokens: Tensor, positions: Tensor, width: int) -> Tensor:
-        """Reads one token more in each of the first n slots, behind what stands before its position. `tokens` and
-        `positions` [n], all of these below `width`. The logits after it, [n, V]."""
-
-
-Drawer = Callable[[List[Request]], Iterable[tuple[int, Completion]]]
-"""Draws one completion for each request and gives them as they are finished, each with the place of its request."""
-
-
 class Sampler(Component):
     """Draws completions from a model."""
 
@@ -419,6 +365,11 @@ class Sampler(Component):
     def serves(self, draw: Draw) -> bool:
         """Whether it can draw that: what it cannot is refused before a run starts. Default: samples of one model."""
         return draw.source != "mixture" and not draw.greedy
+
+    @contextmanager
+    def running(self, services: Services) -> Iterator[Sampler]:
+        """This sampler for the time of a run; what it starts ends there. Entered once, before anything is drawn."""
+        yield self
 
     def open(self, model: LanguageModel, other: LanguageModel | None = None, mix: float = 0.0) -> Drawer:
         """The function that draws. Its completions carry `ids` and `logps`, the latter of the distribution that was

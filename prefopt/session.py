@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as List
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
 from itertools import chain
@@ -17,7 +18,7 @@ import torch
 from torch import nn
 
 from prefopt.batch import Draw
-from prefopt.components import Drawer, RolloutAlgorithm, Sampler
+from prefopt.components import RolloutAlgorithm, Sampler
 from prefopt.components import Scorer as RewardScorer
 from prefopt.config import ModelConfig, ReferenceConfig, RunConfig, anchored, dump, resolved
 from prefopt.data.adapt import adapt
@@ -55,6 +56,7 @@ from prefopt.hookspecs import RunInfo
 from prefopt.plugins import Plugins
 from prefopt.preflight import check, world_recipe
 from prefopt.rows import Prompt, Rollout, Row
+from prefopt.sampling import Drawer
 
 TOKEN_BUDGET = {"small": 8192, "cpu": 1024, "cuda": 16_384}
 SMALL = 10_000_000
@@ -106,6 +108,7 @@ class Session:
     warn: Callable[[str], None]
     failed_observers: set[str] = field(default_factory=set)
     alarms: Alarms = field(default_factory=Alarms)
+    closing: ExitStack = field(default_factory=ExitStack)
     _small: bool = False
 
     @cached_property
@@ -116,7 +119,8 @@ class Session:
         began = time.perf_counter()
         reset_peak(self.ranks.device)
         try:
-            return self._run()
+            with self.closing:
+                return self._run()
         finally:
             used = {"total_seconds": time.perf_counter() - began, "peak_memory_bytes": peak_bytes(self.ranks.device)}
             self.recorder.line(TIMINGS, used)
@@ -273,7 +277,8 @@ class Session:
 
     @cached_property
     def _sampler(self) -> Sampler:
-        return self.config.sampler or default_sampler(self.plugins)
+        sampler = self.config.sampler or default_sampler(self.plugins)
+        return self.closing.enter_context(sampler.running(self.services))
 
     @property
     def _temperature(self) -> float:

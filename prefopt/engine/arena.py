@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from prefopt.components import Arena
 from prefopt.engine.fewrows import few_rows
 from prefopt.engine.forward import masks
 from prefopt.engine.probe import WINDOW, narrow
+from prefopt.sampling import Arena
 
 READ_TOKENS = 2048
 """Tokens of prompts read in one forward pass, with padding."""

@@ -11,7 +11,7 @@ from statistics import fmean
 from typing import Any
 
 from prefopt.batch import Draw
-from prefopt.components import Drawer, Request, Score, Scorer
+from prefopt.components import Score, Scorer
 from prefopt.config.models import RolloutConfig
 from prefopt.data.render import Renderer
 from prefopt.data.streams import Order, derive, generator
@@ -20,6 +20,7 @@ from prefopt.engine.journal import Collected, Journal
 from prefopt.engine.ranks import Ranks
 from prefopt.errors import ServiceError
 from prefopt.rows import Completion, Role, Rollout, Row
+from prefopt.sampling import Drawer, Request
 
 Scored = tuple[Rollout, list[Score]]
 

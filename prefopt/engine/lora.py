@@ -145,7 +145,8 @@ class Without(nn.Module):
 @torch.no_grad()
 def merged(network: nn.Module) -> dict[str, Tensor]:
     """The state of a network without adapters that computes the same."""
-    own = {name: x for name, x in network.state_dict().items() if ".lora_" not in name}
+    whole = network.inner[0] if isinstance(network, Without) else network
+    own = {name: x for name, x in whole.state_dict().items() if ".lora_" not in name}
     found = {name.replace(".base_layer.", "."): x for name, x in own.items()}
     for name, layer in _layers(network):
         found[f"{name}.weight"] = layer.get_base_layer().weight + layer.get_delta_weight(NAME)

@@ -24,7 +24,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from prefopt.components import Arena, Recipe
+from prefopt.components import Recipe
 from prefopt.config import ModelConfig
 from prefopt.data.render import Tokenizer, load_tokenizer
 from prefopt.data.streams import derive
@@ -32,6 +32,7 @@ from prefopt.engine import lora
 from prefopt.engine.arena import arena
 from prefopt.engine.forward import Scorer
 from prefopt.errors import ConfigError, ResourceError
+from prefopt.sampling import Arena
 
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
@@ -65,6 +66,11 @@ class Model:
 
     def decode(self, ids: Any) -> str:
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    def export(self, folder: Path) -> None:
+        network: Any = self.network
+        network.save_pretrained(folder, state_dict=lora.merged(network) if lora.adapted(network) else None)
+        self.tokenizer.save_pretrained(folder)
 
     def arena(self, slots: int, capacity: int) -> Arena:
         return arena(self.network, slots, capacity, self.warn)

@@ -5,10 +5,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence as List
 
-from prefopt.components import Drawer, Request
 from prefopt.data.render import Renderer
 from prefopt.data.streams import derive
 from prefopt.rows import Rollout, Row
+from prefopt.sampling import Drawer, Request
 
 
 def draw(drawer: Drawer, renderer: Renderer, rows: List[Row], n: int, *key: str | int) -> list[Rollout]:
