@@ -69,20 +69,24 @@ class Engine:
 
     def draw(self, model: LanguageModel, requests: List[Request]) -> Iterator[tuple[int, Completion]]:
         """A completion for each request. Raises `ServiceError` when the server cannot be made to give them."""
+        wanted = [(request, self.sampler.room(model, request)) for request in requests]
         weights, left, failures = Weights(model), list(range(len(requests))), 0
         while left:
-            found, why = self._some(weights, [requests[i] for i in left])
+            found, why = self._some(weights, [wanted[i] for i in left])
             yield from ((left[k], self._completion(model, one)) for k, one in found.items())
             left = [i for k, i in enumerate(left) if k not in found]
             if why is not None:
                 failures = 1 if found else failures + 1
                 self._recover(why, failures)
 
-    def _some(self, weights: Weights, requests: List[Request]) -> tuple[dict[int, Drawn], Lost | Stale | None]:
-        """What could be drawn, by the place of its request, and why not all of it."""
+    def _some(
+        self, weights: Weights, wanted: List[tuple[Request, int]]
+    ) -> tuple[dict[int, Drawn], Lost | Stale | None]:
+        """What could be drawn for requests and their room, by place, and why not all of it."""
         try:
             self._ready(weights)
-            asked = [self._asked(weights, request) for request in requests]
+            ends = weights.model.end_ids
+            asked = [Asked(request, room, ends, self.name, weights.version) for request, room in wanted]
             bodies = [one.body(self.sampler.distribution) for one in asked]
             replies = self.client.many(GENERATE, bodies)
             return _sorted(replies, asked)
@@ -90,10 +94,6 @@ class Engine:
             return {}, error
         except Broken as error:
             raise self._error(error) from None
-
-    def _asked(self, weights: Weights, request: Request) -> Asked:
-        room = self.sampler.room(weights.model, request)
-        return Asked(request, room, weights.model.end_ids, self.name, weights.version)
 
     def _recover(self, why: Lost | Stale, failures: int) -> None:
         """Makes ready for another try, or raises `ServiceError`."""

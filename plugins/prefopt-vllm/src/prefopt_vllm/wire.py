@@ -140,13 +140,13 @@ def _same_prompt(reply: Any, asked: Asked) -> None:
 
 
 def _same_weights(spans: Any, count: int, wanted: str) -> None:
-    match spans:
-        case [{"version": str(found), "start": 0, "end": end}] if found == wanted and end == count:
-            return
-        case [{"version": str(found)}, *_]:
-            raise Stale(f"a completion was drawn with the weights {found}, not {wanted}")
-        case _:
-            raise Broken("a completion does not say with which weights it was drawn")
+    named = [span.get("version") if isinstance(span, dict) else None for span in spans or ()]
+    if not named or not all(isinstance(name, str) for name in named):
+        raise Broken("a completion does not say with which weights it was drawn")
+    if others := set(named) - {wanted}:
+        raise Stale(f"a completion was drawn with the weights {', '.join(sorted(map(str, others)))}, not {wanted}")
+    if spans != [{"version": wanted, "start": 0, "end": count}]:
+        raise Broken("a completion has another number of tokens than were drawn")
 
 
 def _by_text(choice: Mapping[str, Any]) -> bool:
