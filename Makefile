@@ -2,6 +2,7 @@
 # make test         set up, check, test
 # make check        format, lint, types, layers, docs in sync
 # make test-slow    the tests that do not fit into make test
+# make test-servers the tests against real servers: needs PREFOPT_VLLM_PYTHON, see docs/how-to/vllm.md
 # make docs         write the generated pages of docs/ again
 # make clean        remove the environment and caches
 
@@ -15,7 +16,7 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE := 1
 
-.PHONY: quickstart test check test-slow docs clean setup
+.PHONY: quickstart test check test-slow test-servers docs clean setup
 
 quickstart: $(SETUP)
 	@$(BIN)/prefopt bench run benchmarks/suites/quickstart.yaml --out runs/quickstart
@@ -46,6 +47,9 @@ test: $(SETUP)
 
 test-slow: $(SETUP)
 	@$(BIN)/python -m pytest -m slow --capture=no
+
+test-servers: $(SETUP)
+	@$(BIN)/python -m pytest -m servers tests/servers
 
 docs: $(SETUP)
 	@$(BIN)/python docs/generate.py
