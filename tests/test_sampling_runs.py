@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from contextlib import contextmanager
 from pathlib import Path
 from typing import ClassVar
 
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 from prefopt.api import Completion, Draw, Loss, Needs, RewardSource, Role, RolloutAlgorithm, Score
+from prefopt.builtin.samplers import Plain
 from prefopt.errors import ConfigError, ServiceError
 from prefopt.plugins import Plugins, load
 from prefopt.session import Result, Session, train
@@ -99,11 +101,30 @@ class Digits(RewardSource):
 def found() -> Plugins:
     plugins = load()
     plugins.manager.unregister(name="prefopt:progress")
-    for component in (Reinforce, Picky, Greedy, Digits):
+    for component in (Reinforce, Picky, Greedy, Digits, Held):
         plugins.registry.add(component, "test", "0")
-    for log in (Reinforce.seen, Reinforce.kept, Digits.calls):
+    for log in (Reinforce.seen, Reinforce.kept, Digits.calls, Held.seen):
         log.clear()
     return plugins
+
+
+class Held(Plain):
+    """Says when it may draw, and where it may keep things."""
+
+    name = "toy_held"
+    seen: ClassVar[list] = []
+
+    @contextmanager
+    def running(self, services):
+        self.seen.append(services.kept("held"))
+        try:
+            yield self
+        finally:
+            self.seen.append("over")
+
+    def open(self, model, other=None, mix=0.0):
+        self.seen.append("open")
+        return super().open(model, other, mix)
 
 
 SECTIONS = {
@@ -252,3 +273,13 @@ def test_what_does_not_fit_is_refused_before_anything_is_loaded(tiny_model, tmp_
     with pytest.raises(ConfigError, match=message):
         run(tiny_model, tmp_path / "run", found, **sections)
     assert not (tmp_path / "run").exists()
+
+
+def test_what_a_sampler_starts_ends_with_the_run_even_when_the_run_fails(tiny_model, tmp_path, found):
+    held = {"sampler": {"name": "toy_held", "max_new_tokens": 6}, "run": {"steps": 1}}
+    run(tiny_model, tmp_path / "whole", found, **held)
+    assert Held.seen == [tmp_path / "whole/held", "open", "over"]
+    Held.seen.clear()
+    with pytest.raises(ServiceError):
+        run(tiny_model, tmp_path / "failed", found, reward={"name": "toy_digits", "broken": list(range(100))}, **held)
+    assert Held.seen == [tmp_path / "failed/held", "open", "over"]

@@ -7,7 +7,9 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as List
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from traceback import format_exc
 from typing import Annotated, Any, Literal
@@ -89,11 +91,13 @@ def measure(measurement: Measurement, plugins: Plugins) -> dict[str, Any]:
     """Metrics, sample replies, and what answering cost beyond drawing one reply. A measurement that is not a finite
     number is left out."""
     bench = _Bench(measurement, plugins)
-    subject = bench.subject()
-    metrics: dict[str, float] = {}
-    for task in measurement.tasks:
-        metrics |= {name: float(x) for name, x in task.evaluate(subject).items() if math.isfinite(x)}
-    return {"metrics": metrics, "samples": _samples(subject, measurement.tasks), "answering": asdict(bench.answering)}
+    with bench.closing:
+        subject = bench.subject()
+        metrics: dict[str, float] = {}
+        for task in measurement.tasks:
+            metrics |= {name: float(x) for name, x in task.evaluate(subject).items() if math.isfinite(x)}
+        samples = _samples(subject, measurement.tasks)
+    return {"metrics": metrics, "samples": samples, "answering": asdict(bench.answering)}
 
 
 @dataclass(frozen=True)
@@ -114,6 +118,7 @@ class _Bench:
     measurement: Measurement
     plugins: Plugins
     answering: Answering = field(default=Answering())
+    closing: ExitStack = field(default_factory=ExitStack)
 
     def subject(self) -> Measured:
         wanted = self.measurement
@@ -138,9 +143,10 @@ class _Bench:
         prompts = adapt(rows[: self.measurement.prompts], Prompt)
         return lambda n: draw(self._sampler.open(model), renderer, prompts, n, self.measurement.seed, purpose)
 
-    @property
+    @cached_property
     def _sampler(self) -> Sampler:
-        return self.measurement.sampler or default_sampler(self.plugins)
+        sampler = self.measurement.sampler or default_sampler(self.plugins)
+        return self.closing.enter_context(sampler.running(EngineServices(self.measurement.seed)))
 
     def _best_of(
         self, draws: Draws, reward: RewardModel, n: int, device: torch.device
