@@ -24,6 +24,7 @@ from statistics import fmean, stdev
 import psutil
 import pytest
 import torch
+import transformers
 from scipy.stats import chisquare
 from scipy.stats import t as student
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -57,21 +58,21 @@ def python():
     return found
 
 
-@pytest.fixture(scope="module")
-def facts(python):
-    """What the tests measured: written when all of them passed."""
+@pytest.fixture
+def facts(python, request):
+    """What a test measured: written when it passed, beside what the others did."""
     found = {}
     yield found
-    if len(found) == 5:
-        RESULTS.write_text(json.dumps({**origin(python), **found}, indent=1) + "\n")
+    if found and not request.node.failed:
+        before = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+        when = {name: {**origin(python), **measured} for name, measured in found.items()}
+        RESULTS.write_text(json.dumps(dict(sorted({**before, **when}.items())), indent=1) + "\n")
 
 
 def origin(python):
     ask = "import vllm, torch, transformers; print(vllm.__version__, torch.__version__, transformers.__version__)"
     theirs = subprocess.run([python, "-c", ask], capture_output=True, text=True, check=True).stdout.split()[-3:]
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    import transformers
-
     return {
         "date": datetime.now(UTC).date().isoformat(),
         "commit": commit.stdout.strip(),
@@ -201,16 +202,18 @@ def transformers_serve(python, model, folder):
     arguments = [sys.executable, "-I", keeper.__file__, *command, "--dtype", "float32"]
     kept = subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=log, stderr=log)
     try:
-        wait_for(lambda: "startup complete" in (Path(folder) / "serve.log").read_text(errors="replace"), 300)
+        wait_for(lambda: "startup complete" in (Path(folder) / "serve.log").read_text(errors="replace"), 300, kept)
         yield f"http://127.0.0.1:{port}"
     finally:
         kept.stdin.close()
         kept.wait()
 
 
-def wait_for(condition, seconds):
+def wait_for(condition, seconds, process):
+    """Until it holds, as long as the process goes on."""
     until = time.monotonic() + seconds
     while not condition():
+        assert process.poll() is None, "the process ended"
         assert time.monotonic() < until, "it took too long"
         time.sleep(0.1)
 
@@ -315,8 +318,8 @@ def started(folder, config, environment=None, resume=False):
     return subprocess.Popen([sys.executable, "-m", "prefopt", *what], stdout=log, stderr=log, env=environment)
 
 
-def after(folder, steps):
-    wait_for(lambda: len(lines(folder / "metrics.jsonl")) >= steps, 300)
+def after(folder, steps, run):
+    wait_for(lambda: len(lines(folder / "metrics.jsonl")) >= steps, 400, run)
 
 
 @pytest.fixture(scope="module")
@@ -401,7 +404,7 @@ def test_a_run_whose_server_was_lost_ends_with_6_and_goes_on_with_another(python
     with vllm(python, model, tmp_path) as server:
         port = int(server.url.rpartition(":")[2])
         run = started(folder, grpo(shop, through(server), steps=8), {"SHOP_KEY": server.token})
-        after(folder, 3)
+        after(folder, 3, run)
         killed(server.process.pid)
         status = run.wait()
     done = len(rewards(folder))
@@ -417,9 +420,9 @@ def test_a_served_run_survives_its_server_and_the_server_does_not_survive_the_ru
     folder = tmp_path / "run"
     serve = {"python": python, "max_model_len": 256, "args": EAGER}
     run = started(folder, grpo(shop, {"name": "vllm", "serve": serve}, steps=8))
-    after(folder, 2)
+    after(folder, 2, run)
     killed(lines(folder / "vllm/events.jsonl")[0]["pid"])
-    after(folder, 4)
+    after(folder, 4, run)
     pids = [line["pid"] for line in lines(folder / "vllm/events.jsonl") if line["event"] == "started"]
     family = [process for pid in pids[1:] for process in family_of(pid)]
     run.send_signal(signal.SIGKILL)

@@ -315,9 +315,12 @@ def test_a_server_that_dies_is_started_again_and_gives_the_same(served, tmp_path
     model = Model()
     with sampling(tmp_path, **served) as sampler:
         first = dict(sampler.open(model)(REQUESTS))
-        os.kill(sampler._engine.server.process.pid, signal.SIGKILL)
-        sampler._engine.server.process.wait()
+        kept = sampler._engine.server.process
+        (child,) = map(int, Path(f"/proc/{kept.pid}/task/{kept.pid}/children").read_text().split())
+        os.kill(child, signal.SIGKILL)
+        kept.wait()
         assert dict(sampler.open(model)(REQUESTS)) == first
+        assert not alive(child)
         last = sampler._engine.server
         assert last.alive
     assert not last.alive
@@ -332,17 +335,20 @@ def test_a_server_that_cannot_start_says_why(tmp_path):
 
 OWNER = """
 import subprocess, sys
-kept = subprocess.Popen([sys.executable, "-I", sys.argv[1], "sh", "-c", "echo $$; sleep 60 & echo $!; wait"],
+kept = subprocess.Popen([sys.executable, "-I", sys.argv[1], "sh", "-c", "echo server $$; exec sleep 60"],
                         stdin=subprocess.PIPE)
+print("keeper", kept.pid, flush=True)
 kept.wait()
 """
 
 
-def test_a_server_dies_with_a_run_that_was_killed():
+@pytest.mark.parametrize("who", ["the run", "its keeper"])
+def test_a_server_dies_with_whoever_was_killed(who):
     owner = subprocess.Popen([sys.executable, "-c", OWNER, keeper.__file__], stdout=subprocess.PIPE, text=True)
-    pids = [int(owner.stdout.readline()) for _ in range(2)]
+    told = dict(owner.stdout.readline().split() for _ in range(2))
+    pids = [int(pid) for pid in told.values()]
     assert all(map(alive, pids))
-    owner.kill()
+    os.kill(owner.pid if who == "the run" else int(told["keeper"]), signal.SIGKILL)
     owner.wait()
     until = time.monotonic() + 5
     while any(map(alive, pids)) and time.monotonic() < until:

@@ -7,6 +7,7 @@ whoever held it is dead, however it died, the whole group is stopped: asked firs
 
 from __future__ import annotations
 
+import ctypes
 import os
 import select
 import signal
@@ -16,13 +17,14 @@ from contextlib import suppress
 
 GRACE = 10.0
 LOOK = 0.5
+PR_SET_PDEATHSIG = 1
 
 
 def main(command: list[str]) -> int:
     """Returns the command's exit status, or 0 when it was stopped because nobody wants it any more."""
     for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(name, signal.SIG_IGN)
-    server = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=_listening)
+    server = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=_bound)
     try:
         while server.poll() is None:
             if select.select([sys.stdin], [], [], LOOK)[0] and not os.read(sys.stdin.fileno(), 1):
@@ -32,10 +34,12 @@ def main(command: list[str]) -> int:
         stop(server)
 
 
-def _listening() -> None:
-    """The server hears the signals that its keeper does not."""
+def _bound() -> None:
+    """The server hears the signals that its keeper does not, and on Linux dies when its keeper is killed."""
     for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(name, signal.SIG_DFL)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def stop(server: subprocess.Popen[bytes]) -> None:
