@@ -36,6 +36,7 @@ from prefopt.errors import (
 )
 from prefopt.hookspecs import RunInfo, hookimpl
 from prefopt.lazy import lazy_import
+from prefopt.revising import Draft, Principle, Reviser, RevisingServices, Revision, Writer
 from prefopt.rows import (
     Comparison,
     Completion,
@@ -68,6 +69,7 @@ __all__ = [
     "DataError",
     "DataSource",
     "Demonstration",
+    "Draft",
     "Draw",
     "Drawer",
     "Judge",
@@ -82,12 +84,16 @@ __all__ = [
     "PluginError",
     "Policy",
     "PrefoptError",
+    "Principle",
     "Problem",
     "Prompt",
     "Ranking",
     "Recipe",
     "Request",
     "ResourceError",
+    "Reviser",
+    "RevisingServices",
+    "Revision",
     "RewardSource",
     "Role",
     "Rollout",
@@ -110,6 +116,7 @@ __all__ = [
     "UserPath",
     "Verdict",
     "World",
+    "Writer",
     "added",
     "agreed",
     "answered",

@@ -439,6 +439,3 @@ class World(Component):
     def recipe(self) -> Recipe:
         """The base model every run in this world starts from; its weights are drawn from the run's seed."""
         raise NotImplementedError(f"world `{self.name}` must define recipe")
-
-
-KINDS: tuple[type[Component], ...] = (Algorithm, RewardSource, Judge, DataSource, Sampler, Task, World)

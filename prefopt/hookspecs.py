@@ -8,7 +8,7 @@
     def prefopt_algorithms():
         return [MyMethod]
 
-The first seven are called once, when plugins are loaded; they return component classes and must not load torch or touch
+The first eight are called once, when plugins are loaded; they return component classes and must not load torch or touch
 files. The last four observe a run: whatever they raise is reported once and the run goes on.
 """
 
@@ -21,6 +21,7 @@ from pathlib import Path
 import pluggy
 
 from prefopt.components import Algorithm, DataSource, Judge, RewardSource, Sampler, Task, World
+from prefopt.revising import Reviser
 from prefopt.rows import Rollout
 
 hookspec = pluggy.HookspecMarker("prefopt")
@@ -50,6 +51,11 @@ def prefopt_rewards() -> Sequence[type[RewardSource]]:  # type: ignore[empty-bod
 @hookspec
 def prefopt_judges() -> Sequence[type[Judge]]:  # type: ignore[empty-body]
     """Judges of pairs."""
+
+
+@hookspec
+def prefopt_revisers() -> Sequence[type[Reviser]]:  # type: ignore[empty-body]
+    """Revisers of replies, selected by `reviser: {name: ...}` in a stage that revises."""
 
 
 @hookspec

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 from prefopt.config import Document, anchored, dump, read_document, resolved
-from prefopt.config.stages import Stage, stages_of
+from prefopt.config.models import RunConfig
+from prefopt.config.stages import Stage, makes, stages_of
 from prefopt.config.yaml import parse
 from prefopt.errors import ConfigError, redact
+from prefopt.making.stage import make
 from prefopt.plugins import Plugins
 from prefopt.preflight import check
 from prefopt.session import train
@@ -18,24 +21,35 @@ def checked(document: Document, plugins: Plugins, beside: Path | None = None) ->
     """The stages, all of them checked before any is run."""
     stages = stages_of(document, plugins.find)
     for i, stage in enumerate(stages):
-        promised = [earlier.model for earlier in stages[:i]]
+        promised = {earlier.product: makes(earlier.config) for earlier in stages[:i]}
         check(stage.config, plugins.registry, promised, stage.document.where, beside)
         if _folder(stage).exists():
             _refuse_other(stage, _folder(stage))
     return stages
 
 
-def run_stages(stages: list[Stage], plugins: Plugins, warn: Callable[[str], None] = print) -> Iterator[str]:
-    """Runs what is not finished; a line for each stage when it is."""
+def run_stages(
+    stages: list[Stage],
+    plugins: Plugins,
+    warn: Callable[[str], None] = print,
+    say: Callable[[str], None] = lambda line: None,
+) -> Iterator[str]:
+    """Runs what is not finished; lines for each stage when it is. `say` hears how far the rows of one have come."""
     for stage in stages:
         folder = _folder(stage)
         if (folder / "result.json").exists():
-            yield f"{stage.name}: finished before: {stage.model}"
+            yield f"{stage.name}: finished before: {stage.product}"
             continue
-        result = train(stage.config, plugins, resume=(folder / "run.json").exists(), warn=warn)
-        yield f"{stage.name}: {result.outcome}: {result.model}"
-        if result.verdict:
-            yield f"{stage.name}: {result.verdict}"
+        if isinstance(stage.config, RunConfig):
+            result = train(stage.config, plugins, resume=(folder / "run.json").exists(), warn=warn)
+            said = [f"{result.outcome}: {result.model}", *filter(None, [result.verdict])]
+        else:
+            said = make(stage.config, plugins, warn=warn, say=partial(_told, say, stage.name)).lines
+        yield from (f"{stage.name}: {line}" for line in said)
+
+
+def _told(say: Callable[[str], None], name: str, line: str) -> None:
+    say(f"{name}: {line}")
 
 
 def _folder(stage: Stage) -> Path:

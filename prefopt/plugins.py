@@ -27,6 +27,7 @@ from prefopt.components import (
     World,
 )
 from prefopt.registry import BrokenPlugin, Registry, normalised
+from prefopt.revising import Reviser
 
 GROUP = "prefopt"
 CORE = "prefopt"
@@ -34,6 +35,7 @@ HOOKS: dict[str, type[Component]] = {
     "prefopt_algorithms": Algorithm,
     "prefopt_rewards": RewardSource,
     "prefopt_judges": Judge,
+    "prefopt_revisers": Reviser,
     "prefopt_datasets": DataSource,
     "prefopt_samplers": Sampler,
     "prefopt_tasks": Task,

@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from prefopt.batch import Draw, Needs
 from prefopt.components import Algorithm, Component, Recipe, Sampler, Scorer, TextModel, World, expanded
 from prefopt.config import DataConfig, RunConfig, located, read_document
+from prefopt.config.constitution import read_constitution
+from prefopt.config.making import LabelConfig, Making, SampleConfig
 from prefopt.config.models import MixConfig, RowsConfig
 from prefopt.config.yaml import Keys
-from prefopt.data.adapt import adapt
+from prefopt.data.adapt import adapt, require
 from prefopt.data.check import Policy, place, screened
 from prefopt.data.source import verdict
 from prefopt.data.streams import generator
 from prefopt.errors import ConfigError, DataError, PluginError, PrefoptError, Problem
 from prefopt.registry import Registry
-from prefopt.rows import Demonstration, Prompt, Row
+from prefopt.rows import Comparison, Demonstration, Prompt, Row
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,6 +33,9 @@ if TYPE_CHECKING:
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 WORLD = "world:"
 MOST_SIBLINGS = 50
+
+Promised = Mapping[str, type[Row] | None]
+"""What earlier stages will have made: folders of models, and files of rows with the kind of these."""
 
 
 @dataclass(frozen=True)
@@ -56,27 +62,26 @@ def _unloaded(what: str, path: str) -> ConfigError:
 
 
 def check(
-    config: RunConfig,
+    config: RunConfig | Making,
     registry: Registry,
-    promised: Collection[str] = (),
+    promised: Promised = MappingProxyType({}),
     where: Callable[[Keys], str] | None = None,
     beside: Path | None = None,
 ) -> None:
-    """Raises everything that is wrong with a run and can be seen without a model: one error, of the gravest kind.
+    """Raises everything that is wrong with a stage and can be seen without a model: one error, of the gravest kind.
 
-    `promised` are model folders that will exist when the run starts; `where` gives the place of a key in the document
+    `promised` is what will exist when the stage starts; `where` gives the place of a key in the document
     the run was read from, `beside` the folder with other runs, one of which may make a model that is missing.
     """
-    errors = list(_errors(config, registry, promised, beside))
+    found = _errors if isinstance(config, RunConfig) else _making_errors
+    errors = list(found(config, registry, promised, beside))  # type: ignore[arg-type]
     if errors:
         gravest = min(errors, key=lambda error: error.exit_code)
         PrefoptError.__init__(gravest, *(problem for error in errors for problem in error.problems))
         raise gravest if where is None else located(gravest, where)
 
 
-def _errors(
-    config: RunConfig, registry: Registry, promised: Collection[str], beside: Path | None
-) -> Iterator[PrefoptError]:
+def _errors(config: RunConfig, registry: Registry, promised: Promised, beside: Path | None) -> Iterator[PrefoptError]:
     paths = {"model.path": config.model.path, "reference.path": config.reference.path if config.reference else None}
     paths["critic.path"] = config.critic.path if config.critic else None
     for where, path in paths.items():
@@ -86,11 +91,50 @@ def _errors(
     yield from _caught(partial(_check_algorithm, config))
     yield from _caught(partial(_check_sampling, config))
     yield from _caught(partial(_check_critic, config))
-    yield from _caught(partial(_check_data, config.data, "data", config), "data")
+    yield from _caught(partial(_check_data, config.data, "data", config, promised), "data")
     if config.eval is not None and config.eval.data is not None:
-        yield from _caught(partial(_check_data, config.eval.data, "eval.data", config), "eval.data")
+        yield from _caught(partial(_check_data, config.eval.data, "eval.data", config, promised), "eval.data")
     if config.data.mix is not None:
-        yield from _caught(partial(_check_mix, config.data.mix, config), "data.mix")
+        yield from _caught(partial(_check_mix, config.data.mix, config, promised), "data.mix")
+
+
+def _making_errors(
+    config: Making, registry: Registry, promised: Promised, beside: Path | None
+) -> Iterator[PrefoptError]:
+    if not isinstance(config, LabelConfig) or config.n is not None:
+        yield from _caught(partial(_check_drawing, config, registry, promised, beside))
+    wanted = Comparison if isinstance(config, LabelConfig) and config.n is None else Prompt
+    yield from _caught(partial(_first_as, config.data, "data", config.run.seed, promised, wanted), "data")
+    if not isinstance(config, SampleConfig) and config.constitution is not None:
+        yield from _caught(partial(_check_constitution, config.constitution, isinstance(config, LabelConfig)))
+
+
+def _check_constitution(path: str, compare: bool) -> None:
+    read_constitution(path, compare)
+
+
+def _check_drawing(config: Making, registry: Registry, promised: Promised, beside: Path | None) -> None:
+    """A stage that draws replies has a trained model to draw them from."""
+    path = None if config.model is None else config.model.path
+    if path is None or path.startswith(WORLD):
+        what = "replies are drawn, and there is no model" if path is None else f"`{path}` has learned nothing yet"
+        raise ConfigError(what, where="model", fix="Name a stage that trains, or the folder of a model.")
+    if path not in promised:
+        _check_model(path, "model.path", registry, beside)
+
+
+def _first_as(data: RowsConfig, where: str, seed: int, promised: Promised, wanted: type[Row]) -> None:
+    """The first row can become what is wanted."""
+    if not _yet_to_make(data, promised, wanted):
+        adapt(_peek(data, seed, where)[:1], wanted)
+
+
+def _yet_to_make(data: RowsConfig, promised: Promised, wanted: type[Row]) -> bool:
+    """Whether an earlier stage will make these rows. Raises `DataError` when they cannot become what is wanted."""
+    kinds = [kind for name in data.source.files if (kind := promised.get(name)) is not None]
+    for kind in kinds:
+        require(kind, wanted)
+    return bool(kinds)
 
 
 def _caught(check: Callable[[], None], where: str = "") -> Iterator[PrefoptError]:
@@ -229,14 +273,15 @@ def _needs(algorithm: Algorithm) -> Needs:
         ) from None
 
 
-def _check_data(data: DataConfig, where: str, config: RunConfig) -> None:
+def _check_data(data: DataConfig, where: str, config: RunConfig, promised: Promised) -> None:
     """The first rows can be read, become what the algorithm eats, and have the numbers it asks for."""
-    rows, wanted = _peek(data, config.run.seed, where), config.algorithm.eats
-    needed = _needs(config.algorithm).rows
-    if config.draws:
-        adapt(rows[:1], Prompt)
+    needed, wanted = _needs(config.algorithm).rows, Prompt if config.draws else config.algorithm.eats
+    if _yet_to_make(data, promised, wanted):
         return
+    rows = _peek(data, config.run.seed, where)
     adapt(rows[:1], wanted)
+    if config.draws:
+        return
     problems = []
     for i, row in enumerate(rows):
         for sequence in (s for new in adapt([row], wanted) for s in new.sequences(0)):
@@ -249,10 +294,10 @@ def _check_data(data: DataConfig, where: str, config: RunConfig) -> None:
         raise DataError(*problems[:5])
 
 
-def _check_mix(data: MixConfig, config: RunConfig) -> None:
+def _check_mix(data: MixConfig, config: RunConfig, promised: Promised) -> None:
     if config.algorithm.trains_reward:
         raise ConfigError("a reward model has no likelihood to mix in", where="data.mix", fix="Leave it out.")
-    adapt(_peek(data, config.run.seed, "data.mix")[:1], Demonstration)
+    _first_as(data, "data.mix", config.run.seed, promised, Demonstration)
 
 
 def _peek(data: RowsConfig, seed: int, where: str) -> Sequence[Row]:
@@ -272,8 +317,10 @@ def world_recipe(path: str, find: Callable[[str, str], type[Component]]) -> Reci
     return world.recipe()
 
 
-def describe(config: RunConfig, registry: Registry) -> str:
+def describe(config: RunConfig | Making, registry: Registry) -> str:
     """One line that says what a valid configuration will do."""
+    if not isinstance(config, RunConfig):
+        return f"{config.kind}: makes {config.makes.kind} rows from those of {config.data.source.name}"
     entry = registry.owner(type(config.algorithm))
     needs = config.algorithm.needs()
     parts = [f"{config.algorithm.name} ({entry.distribution} {entry.version})"]

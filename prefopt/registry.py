@@ -12,8 +12,11 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
-from prefopt.components import KINDS, Component
+from prefopt.components import Algorithm, Component, DataSource, Judge, RewardSource, Sampler, Task, World
 from prefopt.errors import ConfigError, PluginError, did_you_mean
+from prefopt.revising import Reviser
+
+KINDS: tuple[type[Component], ...] = (Algorithm, RewardSource, Judge, Reviser, DataSource, Sampler, Task, World)
 
 
 def normalised(distribution: str) -> str:

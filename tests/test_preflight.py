@@ -49,7 +49,7 @@ def test_model_folders(found, tiny_model, tmp_path):
         if path == str(pickled):
             assert "Convert pytorch_model.bin to safetensors" in caught.value.problems[0].fix
     check(config(found, tiny_model, tmp_path, model={"path": "someone/some-model"}), found.registry)  # a hub name
-    check(config(found, tiny_model, tmp_path, model={"path": "./made/later"}), found.registry, {"./made/later"})
+    check(config(found, tiny_model, tmp_path, model={"path": "./made/later"}), found.registry, {"./made/later": None})
 
 
 def test_adapters_need_peft_and_a_reference_that_stays(found, tiny_model, tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""What a worker process does: train one run, or measure one cell. Plain data in, plain data out."""
+"""What a worker process does: work through one stage, or measure one cell. Plain data in, plain data out."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import Field, NonNegativeInt, PositiveInt
 
-from prefopt.bench.stats import best_of_n_kl
 from prefopt.components import RewardSource, Sampler, Score, Task
-from prefopt.config import DataConfig, run_from
+from prefopt.config import DataConfig, RunConfig
 from prefopt.config.load import validated
 from prefopt.config.models import Section
+from prefopt.config.stages import stage_from
 from prefopt.config.yaml import Document
 from prefopt.data.adapt import adapt
 from prefopt.data.render import Renderer
@@ -31,9 +31,11 @@ from prefopt.engine.models import Model, open_model
 from prefopt.engine.rollout import draw
 from prefopt.engine.services import EngineServices, RewardModel
 from prefopt.errors import DataError, PrefoptError, ResourceError
+from prefopt.making.stage import make
 from prefopt.plugins import Plugins, load
 from prefopt.rows import Prompt, Rollout, Row, show_text
 from prefopt.session import default_sampler, train
+from prefopt.stats import best_of_n_kl
 
 SHOWN = 6
 """Prompts whose replies a report shows."""
@@ -65,13 +67,13 @@ def warm(allow: list[str] | None) -> None:
 
 
 def work(task: str) -> str:
-    """Carries out one task, `{"train": CONFIG}` or `{"measure": MEASUREMENT}`, as JSON; so is the answer. Whatever goes
+    """Carries out one task, `{"stage": CONFIG}` or `{"measure": MEASUREMENT}`, as JSON; so is the answer. Whatever goes
     wrong is an answer too, with the traceback when it is not a `PrefoptError`."""
     assert _plugins is not None, "the worker was not prepared"
     request = json.loads(task)
     try:
-        if "train" in request:
-            return json.dumps(_train(request["train"], _plugins))
+        if "stage" in request:
+            return json.dumps(_stage(request["stage"], _plugins))
         measurement = validated(Measurement, Document(request["measure"]), _plugins.find)
         return json.dumps(measure(measurement, _plugins), allow_nan=False)
     except PrefoptError as error:
@@ -80,11 +82,12 @@ def work(task: str) -> str:
         return json.dumps({"error": [f"{type(error).__name__}: {error}"], "traceback": format_exc()})
 
 
-def _train(config: Mapping[str, Any], plugins: Plugins) -> dict[str, Any]:
-    run = run_from(Document(dict(config)), plugins.find)
-    started = (Path(run.run.dir) / "run.json").exists()
-    result = train(run, plugins, resume=started)
-    return {"outcome": result.outcome}
+def _stage(config: Mapping[str, Any], plugins: Plugins) -> dict[str, Any]:
+    stage = stage_from(Document(dict(config)), plugins.find)
+    if not isinstance(stage, RunConfig):
+        return {"rows": make(stage, plugins).rows}
+    started = (Path(stage.run.dir) / "run.json").exists()
+    return {"outcome": train(stage, plugins, resume=started).outcome}
 
 
 def measure(measurement: Measurement, plugins: Plugins) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from prefopt.components import Component, DataSource
+from prefopt.config.making import LabelConfig, ReviseConfig, SampleConfig
 from prefopt.data.render import find_model
 from prefopt.engine.folder import digest
 from prefopt.errors import PrefoptError
@@ -47,7 +48,8 @@ def dependencies(config: Any, find: Find) -> dict[str, Any]:
     texts = sorted({part for part in parts if isinstance(part, str)})
     classes = [*map(type, components), *_worlds(texts, find)]
     packages = sorted({"prefopt", *(cls.__module__.partition(".")[0] for cls in classes)})
-    files = sorted({name for part in components if isinstance(part, DataSource) for name in part.files})
+    reading = (part for part in parts if isinstance(part, DataSource | SampleConfig | LabelConfig | ReviseConfig))
+    files = sorted({name for part in reading for name in part.files})
     models = {text: folder for text in texts if (folder := _model_folder(text)) is not None}
     return {
         "code": {name: fingerprint(name) for name in packages},

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from prefopt.bench.content import Find, dependencies, key_of, plain
-from prefopt.config import Document, RunConfig, SuiteConfig, run_from
-from prefopt.config.stages import STAGE, no_stage, path_to, referred, replaced
+from prefopt.config import Document, RunConfig, SuiteConfig
+from prefopt.config.stages import STAGE, Config, check_references, makes, product_of, replaced, stage_from
 from prefopt.errors import ConfigError
+from prefopt.rows import Row
 
 EXTRAS = ("label", "stage", "best_of")
 """Keys of a method that are not sections of a run."""
@@ -28,11 +29,11 @@ SHORT = ("algorithm", "sampler")
 
 @dataclass(frozen=True)
 class Job:
-    """A training run: its configuration and the keys of the runs it builds on."""
+    """A training run, or another stage: its configuration and the keys of those it builds on."""
 
     key: str
     title: str
-    config: RunConfig
+    config: Config
     needs: tuple[str, ...] = ()
 
 
@@ -82,6 +83,7 @@ def make_plan(suite: SuiteConfig, document: Document, out: Path, find: Find) -> 
         stages: dict[str, Job] = {}
         for name in suite.stages:
             stages[name] = builder.job(f"{name}, seed {seed}", document.at("stages", name), seed, stages)
+        _measurable(suite.baseline, stages, document.where(("baseline",)))
         for method in methods:
             for settings in _combinations(document) if method.stage is None else [{}]:
                 builder.cell(method, settings, seed, stages, suite.baseline)
@@ -149,10 +151,12 @@ class _Builder:
         """Adds a cell, and its run unless it measures a stage as it is."""
         where = method.written.where(())
         if method.stage is not None:
-            job = self._stage(method.stage, stages, method.written.where(("stage",)))
+            job = _measurable(method.stage, stages, method.written.where(("stage",)))
         else:
             run = self._varied(self.base.merged(method.sections), settings)
             job = self.job(f"{method.label or _algorithm(run)}, seed {seed}", run, seed, stages)
+        if not isinstance(job.config, RunConfig):
+            raise ConfigError("a method trains a model", where=method.written.where(("kind",)))
         name = job.config.algorithm.name
         if job.config.algorithm.trains_reward != (method.best_of is not None):
             raise ConfigError("a method needs `best_of` exactly when it trains a reward model", where=where)
@@ -178,30 +182,33 @@ class _Builder:
         return run
 
     def job(self, title: str, run: Document, seed: int, stages: Mapping[str, Job]) -> Job:
-        """Adds a run. References to stages become the folders of their models."""
+        """Adds a stage. References to others become what these make."""
         run = _sections(run, run.data)
         for key in OWN:
             if run.at(*key.split(".")).data not in ({}, None):
                 raise ConfigError(f"`{key}` is set by the suite", where=run.where(tuple(key.split("."))))
         run = run.merged(Document({"prefopt": 1, "run": {"dir": str(self.out / "run"), "seed": seed}}))
-        config = run_from(run, self.find)
+        needs = {name: stages[name] for name in check_references(run, _made(stages))}
+        config = stage_from(run, self.find)
         data = plain(config)
-        needs = tuple(
-            self._stage(name, stages, run.where(path_to(f"{STAGE}{name}", run.data))).key for name in referred(data)
-        )
-        named = {f"{STAGE}{name}": key for name, key in zip(referred(data), needs, strict=True)}
         del data["run"]["dir"]
-        key = key_of({"config": replaced(data, named), "depends": dependencies(config, self.find)})
-        data = replaced(data, {old: str(model_folder(self.out, k)) for old, k in named.items()})
+        named = replaced(data, {f"{STAGE}{name}": job.key for name, job in needs.items()})
+        key = key_of({"config": named, "depends": dependencies(config, self.find)})
+        data = replaced(data, {f"{STAGE}{name}": product_of(job.config) for name, job in needs.items()})
         data["run"]["dir"] = str(run_folder(self.out, key))
-        job = Job(key, title, run_from(Document(data), self.find), tuple(dict.fromkeys(needs)))
+        job = Job(key, title, stage_from(Document(data), self.find), tuple({j.key: None for j in needs.values()}))
         return self.plan.jobs.setdefault(key, job)
 
-    @staticmethod
-    def _stage(name: str, stages: Mapping[str, Job], where: str) -> Job:
-        if name not in stages:
-            raise no_stage(name, stages, where)
-        return stages[name]
+
+def _measurable(name: str, stages: Mapping[str, Job], where: str) -> Job:
+    """The stage of this name. Raises `ConfigError` where it trains no model."""
+    check_references(Document({"stage": f"{STAGE}{name}"}, {("stage",): where}), _made(stages))
+    return stages[name]
+
+
+def _made(stages: Mapping[str, Job]) -> dict[str, type[Row] | None]:
+    """The rows that stages make, None for those that train."""
+    return {name: makes(job.config) for name, job in stages.items()}
 
 
 def _algorithm(run: Document) -> str:

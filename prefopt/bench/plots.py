@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from prefopt.bench.stats import Interval
+from prefopt.stats import Interval
 
 WIDTH, ROW, LEFT, RIGHT = 640, 30, 190, 24
 HEIGHT, BOTTOM, TOP = 340, 44, 30

@@ -15,9 +15,9 @@ from pydantic import BaseModel, ConfigDict
 import prefopt
 from prefopt.bench.content import plain
 from prefopt.bench.plots import Point, forest, scatter
-from prefopt.bench.stats import FEWEST_SEEDS, Interval, t_interval
 from prefopt.config import SuiteConfig, dump
 from prefopt.errors import redact
+from prefopt.stats import FEWEST_SEEDS, Interval, t_interval
 
 HEADLINE = ("gold_reward", "win_rate", "kl_sequence", "length")
 TITLES = {"gold_reward": "gold reward", "win_rate": "win rate", "kl_sequence": "KL (nats)", "length": "length"}

@@ -16,9 +16,10 @@ from typing import Any
 
 from prefopt.bench.cells import warm, work
 from prefopt.bench.content import Find, dependencies, key_of, plain
-from prefopt.bench.plan import Cell, Plan, make_plan, model_folder, run_folder
+from prefopt.bench.plan import Cell, Job, Plan, make_plan, model_folder, run_folder
 from prefopt.bench.report import CellResult, Failure, Report, build_report, commit_of, table, to_html
-from prefopt.config import SuiteConfig, allowed_plugins, load_suite
+from prefopt.config import RunConfig, SuiteConfig, allowed_plugins, load_suite
+from prefopt.config.stages import makes, product_of
 from prefopt.engine.folder import write_text
 from prefopt.errors import ResourceError, redact
 from prefopt.plugins import load
@@ -41,7 +42,8 @@ def run_suite(path: Path, overrides: Sequence[str] = (), out: Path | None = None
     folder = (out or Path("runs") / f"bench-{suite.name}").resolve()
     plan = make_plan(suite, document, folder, plugins.find)
     for job in plan.jobs.values():
-        check(job.config, plugins.registry, promised={str(model_folder(folder, key)) for key in job.needs})
+        before = [plan.jobs[key].config for key in job.needs]
+        check(job.config, plugins.registry, {product_of(config): makes(config) for config in before})
     _make_folders(folder)
     execution = Execution(suite, plan, folder, list(allow) if allow is not None else None, plugins.find)
     yield from execution.run()
@@ -94,7 +96,7 @@ class Execution:
     def _tasks(self) -> dict[str, Task]:
         """Every training run, then every measurement, each with the tasks it waits for."""
         runs = {
-            key: Task(f"train {job.title}", {"train": plain(job.config)}, job.needs)
+            key: Task(f"{_kind(job)} {job.title}", {"stage": plain(job.config)}, job.needs)
             for key, job in self.plan.jobs.items()
         }
         measures = {self.cell_key(cell): self._measurement(cell) for cell in self.plan.cells}
@@ -231,6 +233,10 @@ class Task:
     title: str
     request: Mapping[str, Any]
     needs: tuple[str, ...]
+
+
+def _kind(job: Job) -> str:
+    return "train" if isinstance(job.config, RunConfig) else job.config.kind
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

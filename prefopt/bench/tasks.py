@@ -25,8 +25,8 @@ from prefopt.api import (
     answered,
     both_orders,
 )
-from prefopt.bench.stats import calibration_error
 from prefopt.data.adapt import adapt, adaptable
+from prefopt.stats import calibration_error
 
 
 class GoldReward(Task):

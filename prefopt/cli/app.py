@@ -152,7 +152,7 @@ def train(config: ConfigFile, overrides: Overrides = None) -> None:
     if staged := _pipeline(config, overrides):
         from prefopt.pipeline import run_stages
 
-        for line in run_stages(*staged, warn=_warn):
+        for line in run_stages(*staged, warn=_warn, say=_progress):
             typer.echo(line)
         return
     run, found, document = _read(config, overrides)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from prefopt.config import Document, RunConfig, allowed_in, read_document, redacted_keys, run_from
+from prefopt.config.stages import TRAIN, kind_of
 from prefopt.config.yaml import Keys, apply_overrides
 from prefopt.errors import ConfigError, Problem
 from prefopt.plugins import Plugins, load
@@ -26,6 +27,9 @@ def read_back(folder: Path, overrides: Sequence[str]) -> tuple[RunConfig, Plugin
     if (folder / "result.json").exists():
         raise ConfigError("the run is finished", where=str(folder))
     document = read_document(path)
+    if kind_of(document) != TRAIN:
+        fix = "`prefopt train` with the file of its stages goes on with it."
+        raise ConfigError("rows are made here, and no model is trained", where=str(folder), fix=fix)
     document.put(("run", "dir"), Document(ANY_DIR))  # the folder may have moved: it is where it was found
     document = _completed(document, folder, overrides)
     plugins = load(allowed_in(document))

@@ -19,6 +19,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
 from prefopt.components import Component, DataSource, UserPath
+from prefopt.config.making import MAKING
 from prefopt.config.models import DataConfig, MixConfig, RowsConfig, RunConfig, Section, SuiteConfig
 from prefopt.config.yaml import Document, Keys, apply_overrides, read
 from prefopt.errors import REDACTED, ConfigError, PrefoptError, Problem, did_you_mean, redact
@@ -246,8 +247,11 @@ def _located(problem: Problem, where: Callable[[Keys], str]) -> Problem:
 
 
 def _is_key(keys: Sequence[str]) -> bool:
-    """Whether a run has this key; `data.jsonl` is a file."""
-    model: type[BaseModel] = RunConfig
+    """Whether a run or a stage has this key; `data.jsonl` is a file."""
+    return any(_has_key(model, keys) for model in (RunConfig, *MAKING.values()))
+
+
+def _has_key(model: type[BaseModel], keys: Sequence[str]) -> bool:
     for key in keys:
         if key not in model.model_fields:
             return False

@@ -20,6 +20,11 @@ def adaptable(source: type[Row], kind: type[Row]) -> bool:
     return source is kind or (source, kind) in ADAPTERS
 
 
+def require(source: type[Row], kind: type[Row]) -> None:
+    """Raises `DataError` when rows of `source` cannot become rows of `kind`."""
+    _adapter(source, kind)
+
+
 def _adapter(source: type[Row], kind: type[Row]) -> Callable[[Any], list[Row]]:
     if source is kind:
         return lambda row: [row]

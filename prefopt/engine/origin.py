@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,16 @@ from prefopt.plugins import Plugins
 def describe(config: RunConfig, plugins: Plugins) -> dict[str, Any]:
     """What a result depends on beside its configuration: versions of code, hashes of data."""
     owner = plugins.registry.owner(type(config.algorithm))
+    named = {"name": config.algorithm.name, "distribution": owner.distribution, "version": owner.version}
+    return {"algorithm": named, **surroundings(config.data.source.files)}
+
+
+def surroundings(files: Iterable[str]) -> dict[str, Any]:
+    """Versions of code, and hashes of files."""
     packages = ("prefopt", "torch", "transformers", "tokenizers", "accelerate", "numpy")
     return {
-        "algorithm": {"name": config.algorithm.name, "distribution": owner.distribution, "version": owner.version},
         "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
-        "data": {name: digest(Path(name)) for name in config.data.source.files},
+        "data": {name: digest(Path(name)) for name in files},
     }
 
 
@@ -33,9 +38,10 @@ def compare(before: Mapping[str, Any], now: Mapping[str, Any], warn: Callable[[s
     changed = [Problem("the file changed since the run began", name, fix) for name in new if new[name] != old.get(name)]
     if changed:
         raise DataError(*changed)
-    owner = now["algorithm"]["distribution"]
     versions = [(name, before.get("versions", {}).get(name), number) for name, number in now["versions"].items()]
-    versions.append((owner, before.get("algorithm", {}).get("version"), now["algorithm"]["version"]))
+    if "algorithm" in now:
+        owner = now["algorithm"]
+        versions.append((owner["distribution"], before.get("algorithm", {}).get("version"), owner["version"]))
     for name, then, number in versions:
         if then != number:
             warn(f"the run began with {name} {then} and goes on with {number}: its numbers may differ")

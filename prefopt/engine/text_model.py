@@ -19,13 +19,14 @@ from prefopt.rows import Text
 WEIGHTS = ("config.json", "tokenizer.json", "*.safetensors")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Reader:
-    """Implements `prefopt.components.TextModel`."""
+    """Implements `prefopt.components.TextModel`; `tokens` counts what it read."""
 
     path: str
     resident: Resident
     renderer: Renderer
+    tokens: int = 0
 
     @property
     def chat(self) -> bool:
@@ -39,6 +40,7 @@ class Reader:
 
     def logps(self, prompts: List[Text], endings: List[str]) -> list[list[float]]:
         tokens = [part for prompt in prompts for part in self._read(prompt, endings)]
+        self.tokens += sum(map(len, tokens))
         groups = [i for i in range(len(prompts)) for _ in endings]
         sums = iter([float(x.double().sum()) for x in self.resident.logps(tokens, groups)])
         return [[next(sums) for _ in endings] for _ in prompts]

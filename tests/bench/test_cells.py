@@ -49,8 +49,8 @@ def replies(n: int) -> list[Rollout]:
 
 def test_what_nobody_foresaw_is_an_answer_with_its_traceback(plugins, monkeypatch):
     monkeypatch.setattr(cells, "_plugins", plugins)
-    monkeypatch.setattr(cells, "_train", lambda config, plugins: {"outcome": 1 / 0})
-    answer = json.loads(work(json.dumps({"train": {}})))
+    monkeypatch.setattr(cells, "_stage", lambda config, plugins: {"outcome": 1 / 0})
+    answer = json.loads(work(json.dumps({"stage": {}})))
     assert answer["error"] == ["ZeroDivisionError: division by zero"]
     assert "test_cells.py" in answer["traceback"]
 
@@ -60,8 +60,8 @@ def test_what_is_foreseen_has_no_traceback(plugins, monkeypatch):
         raise DataError("no rows", "and no columns", where="data")
 
     monkeypatch.setattr(cells, "_plugins", plugins)
-    monkeypatch.setattr(cells, "_train", fail)
-    assert json.loads(work(json.dumps({"train": {}}))) == {"error": ["data: no rows", "data: and no columns"]}
+    monkeypatch.setattr(cells, "_stage", fail)
+    assert json.loads(work(json.dumps({"stage": {}}))) == {"error": ["data: no rows", "data: and no columns"]}
 
 
 @pytest.mark.parametrize("asked", [(1, 2), (2,), (2, 1, 2)])

@@ -24,11 +24,11 @@ from prefopt.bench.report import (
     table,
     to_html,
 )
-from prefopt.bench.stats import Interval
 from prefopt.bench.suite import write_report
 from prefopt.config.load import validated
 from prefopt.config.models import SuiteConfig
 from prefopt.config.yaml import parse
+from prefopt.stats import Interval
 
 PAYLOADS = [
     "<script>alert(1)</script>",

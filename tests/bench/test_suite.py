@@ -209,7 +209,7 @@ def test_an_unforeseen_failure_is_listed_and_the_rest_is_worked_off(tmp_path, pl
     done = []
 
     def answers(request):
-        if request.get("train", {}).get("algorithm", {}).get("name") == "dpo":
+        if request.get("stage", {}).get("algorithm", {}).get("name") == "dpo":
             return {"error": ["ZeroDivisionError: x"], "traceback": "File ..., line 1"}
         done.append(next(iter(request)))
         return {"metrics": {}, "samples": []}
@@ -224,7 +224,7 @@ def test_an_unforeseen_failure_is_listed_and_the_rest_is_worked_off(tmp_path, pl
 
 def test_a_dead_process_is_a_failure_and_nothing_more_begins(tmp_path, plugins, monkeypatch):
     execution = executed(
-        tmp_path, plugins, monkeypatch, lambda request: None if request["train"]["algorithm"]["name"] == "dpo" else {}
+        tmp_path, plugins, monkeypatch, lambda request: None if request["stage"]["algorithm"]["name"] == "dpo" else {}
     )
     assert [f.problem for f in execution.failures] == [
         "a worker process died, this one or one beside it. Out of memory? Run again.",
@@ -239,7 +239,7 @@ def test_measurements_run_on_the_device_of_the_base_run(tmp_path, plugins, monke
     asked = []
 
     def answers(request):
-        asked.append(request["measure"]["device"] if "measure" in request else request["train"]["run"]["device"])
+        asked.append(request["measure"]["device"] if "measure" in request else request["stage"]["run"]["device"])
         return {"metrics": {}, "samples": []}
 
     executed(tmp_path, plugins, monkeypatch, answers)

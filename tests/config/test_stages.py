@@ -35,7 +35,7 @@ def test_stages_share_what_stands_beside_them_and_lay_their_own_over_it(plugins)
     assert (first.config.optim.lr, first.config.optim.batch_size) == (0.2, 3)
     assert (second.config.optim.lr, second.config.run.seed) == (0.1, 4)
     assert [s.config.run.dir for s in (first, second)] == ["runs/all/first", "runs/all/second"]
-    assert second.config.model.path == first.model == "runs/all/first/model"
+    assert second.config.model.path == first.product == "runs/all/first/model"
     assert second.config.data.source.format == "comparisons"
 
 

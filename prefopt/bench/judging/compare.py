@@ -11,16 +11,18 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from prefopt.bench.judging.ask import Clock, Say, batches, in_drawn_order, rows_of, services_of
+from prefopt.bench.judging.ask import services_of
 from prefopt.bench.judging.rank import Meeting, controlled, over_prompts, strengths, won
 from prefopt.bench.report import commit_of
-from prefopt.bench.stats import Interval
 from prefopt.components import Services
 from prefopt.config import resolved
 from prefopt.config.judging import JudgingConfig
 from prefopt.data.adapt import adapt
 from prefopt.errors import ConfigError, DataError, ServiceError, redact
+from prefopt.making.labels import in_drawn_order
+from prefopt.making.work import Clock, Say, batches, rows_of
 from prefopt.rows import Completion, Demonstration, Text
+from prefopt.stats import Interval
 from prefopt.verdicts import Pair, Verdict, added, both_orders
 
 Replies = Mapping[str, tuple[Text, Completion]]

@@ -9,16 +9,18 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from prefopt.bench.judging.ask import Clock, Say, batches, in_drawn_order, rows_of, services_of
+from prefopt.bench.judging.ask import services_of
 from prefopt.bench.judging.measures import Judged, measured, spent
 from prefopt.bench.report import commit_of
-from prefopt.bench.stats import Interval
 from prefopt.components import Judge
 from prefopt.config import resolved
 from prefopt.config.judging import JudgingConfig
 from prefopt.data.adapt import adapt
 from prefopt.errors import DataError, redact
+from prefopt.making.labels import in_drawn_order
+from prefopt.making.work import Clock, Say, batches, rows_of
 from prefopt.rows import Comparison
+from prefopt.stats import Interval
 from prefopt.verdicts import Comparer, Pair, Verdict, agreed, answered
 
 REASONS = 5

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from prefopt.bench.stats import Interval, bootstrap, wilson
 from prefopt.rows import Comparison
+from prefopt.stats import Interval, bootstrap, wilson
 from prefopt.verdicts import Verdict, added
 
 BINS = 10

@@ -14,9 +14,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from prefopt.bench.judging.compare import CompareReport
 from prefopt.bench.judging.evaluate import JudgeReport
 from prefopt.bench.report import printable, shown
-from prefopt.bench.stats import Interval
 from prefopt.config import dump
 from prefopt.engine.folder import write_text
+from prefopt.stats import Interval
 
 METRICS: Mapping[str, str] = {
     "accuracy": "accuracy",

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from prefopt.bench.stats import Interval
+from prefopt.stats import Interval
 
 RIDGE, STEPS, RESAMPLES = 1e-3, 25, 200
 

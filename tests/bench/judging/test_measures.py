@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 
 from prefopt.api import Comparison, Completion, Judge, Pair, Verdict
-from prefopt.bench.judging.ask import Clock, in_drawn_order
 from prefopt.bench.judging.evaluate import ask_all
 from prefopt.bench.judging.measures import Judged, measured, spent
 from prefopt.bench.judging.rank import Meeting, controlled, over_prompts, strengths, won
-from prefopt.bench.stats import bootstrap, calibration_error, wilson
 from prefopt.config.judging import JudgingConfig
+from prefopt.making.labels import in_drawn_order
+from prefopt.making.work import Clock
+from prefopt.stats import bootstrap, calibration_error, wilson
 
 
 def row(chosen="good reply", rejected="bad", preference=1.0, i=0):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from prefopt.bench.stats import best_of_n_kl, calibration_error, t_interval
+from prefopt.stats import best_of_n_kl, calibration_error, t_interval
 
 
 def test_student_t_equals_scipy():

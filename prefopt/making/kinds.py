@@ -1,0 +1,183 @@
+"""What each kind of stage does with some of its rows. Knows neither files nor how many rows there are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from collections.abc import Sequence as List
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from prefopt.config.constitution import read_constitution
+from prefopt.config.making import LabelConfig, Making, ReviseConfig, SampleConfig
+from prefopt.making.labels import Item, compared, in_drawn_order, why_not
+from prefopt.making.lines import plain
+from prefopt.making.services import MakingServices
+from prefopt.revising import Draft, Principle, Revise, Revision, revised
+from prefopt.rows import Rollout, Row
+from prefopt.verdicts import Comparer, Verdict, added, both_orders
+
+TOO_LONG = "the prompt is too long"
+ALIKE = "all replies drawn are the same"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a row: its record, or None with the `reason`. `fault` where something failed to answer, `usage`
+    what components say it took."""
+
+    record: Mapping[str, Any] | None
+    reason: str = ""
+    fault: bool = True
+    usage: Mapping[str, float] = field(default_factory=dict)
+
+
+Make = Callable[[List[Row]], list[Outcome]]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of stage: the field that says where a row comes from, and the function that makes it."""
+
+    field: str
+    make: Make
+
+
+def kind_of(config: Making, services: MakingServices) -> Kind:
+    """What a configuration asks for, ready to work."""
+    if isinstance(config, SampleConfig):
+        return Kind("drawn", lambda rows: [_candidates(r) for r in services.draw(rows, config.n)])
+    if isinstance(config, LabelConfig):
+        return Kind("judged", Labelling.of(config, services))
+    return Kind("revised", Revising.of(config, services))
+
+
+def _shared(row: Row) -> dict[str, Any]:
+    return {**row.extra, "prompt": plain(row.prompt)}
+
+
+# --- sample ---------------------------------------------------------------------------------------------------------
+
+
+def _candidates(rollout: Rollout | None) -> Outcome:
+    """A demonstration, or several replies of which none is called better."""
+    if rollout is None:
+        return Outcome(None, TOO_LONG, fault=False)
+    texts = [completion.text for completion in rollout.completions]
+    if len(texts) == 1:
+        return Outcome({**_shared(rollout), "completion": texts[0]})
+    return Outcome({**_shared(rollout), "completions": texts, "ranks": [0] * len(texts)})
+
+
+# --- label ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Labelling:
+    """Replies, drawn or the row's own, and what a judge says of them."""
+
+    config: LabelConfig
+    services: MakingServices
+    compare: Comparer
+    principles: List[Principle]
+
+    @classmethod
+    def of(cls, config: LabelConfig, services: MakingServices) -> Labelling:
+        judge = config.judge.open(services)
+        compare = both_orders(judge) if config.both_orders else in_drawn_order(judge, config.run.seed)
+        principles = () if config.constitution is None else read_constitution(config.constitution, compare=True)
+        return cls(config, services, compare, principles)
+
+    def __call__(self, rows: List[Row]) -> list[Outcome]:
+        n = self.config.n
+        found = [self._item(row) for row in (rows if n is None else self.services.draw(rows, n))]
+        verdicts = iter(compared([item for item in found if isinstance(item, Item)], self.compare))
+        return [_labelled(item, next(verdicts)) if isinstance(item, Item) else item for item in found]
+
+    def _item(self, row: Row | None) -> Item | Outcome:
+        if row is None:
+            return Outcome(None, TOO_LONG, fault=False)
+        if isinstance(row, Rollout):
+            row = replace(row, completions=tuple({c.text: c for c in row.completions}.values()))
+            if len(row.completions) < 2:
+                return Outcome(None, ALIKE, fault=False)
+        return Item.of(self._under_one(row), self.config.pairing)
+
+    def _under_one(self, row: Row) -> Row:
+        """The row with the principle its replies are compared by, drawn by its place, if there are any."""
+        if not self.principles:
+            return row
+        one = self.principles[int(self.services.rng("principle", row.index).integers(len(self.principles)))]
+        return replace(row, extra={**row.extra, "principle": {"id": one.id, "compare": one.compare}})
+
+
+def _labelled(item: Item, verdicts: List[Verdict]) -> Outcome:
+    usage, reason = added([verdict.usage for verdict in verdicts]), why_not(verdicts)
+    return Outcome(None if reason else item.record(verdicts), reason, usage=usage)
+
+
+# --- revise ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Trail:
+    """A draft on its way: the principles of its rounds, and what became of it in those that are over."""
+
+    drawn: Rollout
+    principles: List[Principle]
+    rounds: list[Revision] = field(default_factory=list)
+
+    @property
+    def lost(self) -> bool:
+        """Whether a critique or a revision is missing: nothing follows on that."""
+        return bool(self.rounds) and self.rounds[-1].reply is None
+
+    @property
+    def draft(self) -> str:
+        return self.drawn.completions[0].text
+
+    def next(self) -> Draft:
+        """What the reviser reads in the next round."""
+        now = len(self.rounds)
+        reply = self.rounds[-1].reply if self.rounds else self.draft
+        return Draft(self.drawn.prompt, reply or "", self.principles[now], f"{self.drawn.index} {now}")
+
+    def outcome(self) -> Outcome:
+        """A demonstration of the last reply with all that led to it."""
+        usage = added([revision.usage for revision in self.rounds])
+        if self.lost:
+            return Outcome(None, self.rounds[-1].reason, usage=usage)
+        trace = [
+            {"principle": principle.id, "critique": revision.critique, "revision": revision.reply}
+            for principle, revision in zip(self.principles, self.rounds, strict=True)
+        ]
+        told = {"completion": self.rounds[-1].reply, "draft": self.draft, "trace": trace}
+        return Outcome({**_shared(self.drawn), **told, "revised": {"usage": usage}}, usage=usage)
+
+
+@dataclass(frozen=True)
+class Revising:
+    """Drafts, criticised and revised by drawn principles, round after round (Bai et al. 2022, arXiv:2212.08073,
+    section 3.1)."""
+
+    config: ReviseConfig
+    services: MakingServices
+    revise: Revise
+    principles: List[Principle]
+
+    @classmethod
+    def of(cls, config: ReviseConfig, services: MakingServices) -> Revising:
+        return cls(config, services, config.reviser.open(services), read_constitution(config.constitution))
+
+    def __call__(self, rows: List[Row]) -> list[Outcome]:
+        found = [None if drawn is None else self._trail(drawn) for drawn in self.services.draw(rows, 1)]
+        for _ in range(self.config.rounds):
+            going = [trail for trail in found if trail is not None and not trail.lost]
+            for trail, revision in zip(going, revised(self.revise, [t.next() for t in going]), strict=True):
+                trail.rounds.append(revision)
+        return [Outcome(None, TOO_LONG, fault=False) if trail is None else trail.outcome() for trail in found]
+
+    def _trail(self, drawn: Rollout) -> Trail:
+        """Principles in an order drawn by the row's place, over and over."""
+        order = self.services.rng("principles", drawn.index).permutation(len(self.principles))
+        places = [int(order[i % len(order)]) for i in range(self.config.rounds)]
+        return Trail(drawn, [self.principles[i] for i in places])
