@@ -1,9 +1,10 @@
 """What the harness contributes, through the same hooks as every plugin: worlds and measurements."""
 
-from prefopt.api import DataSource, Judge, RewardSource, Task, World, hookimpl
+from prefopt.api import DataSource, Judge, Reviser, RewardSource, Task, World, hookimpl
 from prefopt.bench.tasks import Divergence, GoldReward, Length, PreferenceAccuracy, RewardQuality, WinRate
 from prefopt.bench.worlds.bandit import Bandit, BanditData, BanditGap, BanditReward
 from prefopt.bench.worlds.replies.annotators import Annotators
+from prefopt.bench.worlds.replies.assistants import PrincipledAssistant, PrincipledJudge
 from prefopt.bench.worlds.replies.gold import Gold
 from prefopt.bench.worlds.replies.world import Replies, RepliesData
 
@@ -25,7 +26,12 @@ def prefopt_rewards() -> list[type[RewardSource]]:
 
 @hookimpl
 def prefopt_judges() -> list[type[Judge]]:
-    return [Annotators]
+    return [Annotators, PrincipledJudge]
+
+
+@hookimpl
+def prefopt_revisers() -> list[type[Reviser]]:
+    return [PrincipledAssistant]
 
 
 @hookimpl

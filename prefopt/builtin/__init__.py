@@ -1,9 +1,10 @@
 """What the core itself contributes, through the same hooks as every plugin."""
 
-from prefopt.api import Algorithm, DataSource, Judge, RewardSource, Sampler, hookimpl
+from prefopt.api import Algorithm, DataSource, Judge, Reviser, RewardSource, Sampler, hookimpl
 from prefopt.builtin.algorithms import DynamicFineTuning, RewardModel, RewardModelListwise, SupervisedFineTuning
 from prefopt.builtin.continuous import Continuous
 from prefopt.builtin.judges import GoldJudge, RewardModelJudge
+from prefopt.builtin.revisers import ModelReviser
 from prefopt.builtin.rewards import JudgeReward, TrainedReward
 from prefopt.builtin.samplers import Plain
 from prefopt.builtin.sources import SOURCES
@@ -22,6 +23,11 @@ def prefopt_rewards() -> list[type[RewardSource]]:
 @hookimpl
 def prefopt_judges() -> list[type[Judge]]:
     return [GoldJudge, RewardModelJudge]
+
+
+@hookimpl
+def prefopt_revisers() -> list[type[Reviser]]:
+    return [ModelReviser]
 
 
 @hookimpl

@@ -44,7 +44,7 @@ class LanguageJudge(Judge):
     """A judge that puts questions to a language model."""
 
     rubric: str = RUBRIC
-    """What makes a reply good, in a sentence or two."""
+    """What makes a reply good, in a sentence or two. A principle drawn for a row is added to it."""
     ties: bool = False
     """Whether it may answer that neither is better."""
     canaries: NonNegativeInt = 1

@@ -2,5 +2,5 @@
 learn it, and what a reply is worth is known exactly.
 
 `language`: what sentences mean. `writers`: who writes them. `gold`: what a reply is worth. `annotators`: what people
-would say about it. `world`: all of it as components.
+would say about it. `principles`: what is against one; `assistants`: who works by them. `world`: data and base model.
 """

@@ -125,12 +125,27 @@ def read_reply(text: str) -> tuple[Act, ...]:
     >>> read_reply(" Hello! We have not refunded order 1009.")[1]
     Act(kind=<Kind.REFUSE: 'refuse'>, topic='refund', order='1009')
     """
-    acts = []
-    for sentence in filter(str.strip, _SENTENCE.findall(text)):
-        pattern, order = _pattern(sentence)
-        meaning = _MEANING.get(pattern, Act(Kind.NOISE))
-        acts.append(Act(meaning.kind, meaning.topic, order))
-    return tuple(acts)
+    return tuple(act for _, act in read_sentences(text))
+
+
+def read_sentences(text: str) -> tuple[tuple[str, Act], ...]:
+    """The same with each sentence beside its act."""
+    return tuple((sentence.strip(), _meant(sentence)) for sentence in filter(str.strip, _SENTENCE.findall(text)))
+
+
+def _meant(sentence: str) -> Act:
+    pattern, order = _pattern(sentence)
+    meaning = _MEANING.get(pattern, Act(Kind.NOISE))
+    return Act(meaning.kind, meaning.topic, order)
+
+
+def with_order(sentence: str, order: str) -> str:
+    """The sentence with another order in it, if there is one.
+
+    >>> with_order("Order 1009 is cancelled.", "1242")
+    'Order 1242 is cancelled.'
+    """
+    return _ORDER.sub(order, sentence)
 
 
 def read_request(prompt: str) -> Request:
