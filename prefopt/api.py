@@ -36,7 +36,7 @@ from prefopt.errors import (
 )
 from prefopt.hookspecs import RunInfo, hookimpl
 from prefopt.lazy import lazy_import
-from prefopt.revising import Draft, Principle, Reviser, RevisingServices, Revision, Writer
+from prefopt.revising import Draft, Principle, Reviser, RevisingServices, Revision, Writer, principle_of
 from prefopt.rows import (
     Comparison,
     Completion,
@@ -126,6 +126,7 @@ __all__ = [
     "lazy_import",
     "opening",
     "places",
+    "principle_of",
     "redact",
     "secret",
     "show_text",

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as List
 from dataclasses import dataclass, field
-from typing import Annotated, ClassVar, Protocol
+from typing import Annotated, Any, ClassVar, Final, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -14,6 +14,8 @@ from prefopt.components import Component, Services
 from prefopt.errors import PluginError
 from prefopt.rows import Completion, Text
 
+PRINCIPLE: Final = "principle"
+"""The column of a row with what was drawn for it."""
 Words = Annotated[str, Field(min_length=1)]
 
 
@@ -30,6 +32,13 @@ class Principle(BaseModel):
     """How a reply is to be changed."""
     compare: Words | None = None
     """What makes one reply better than another, for labels."""
+
+
+def principle_of(extra: Mapping[str, Any]) -> Principle | None:
+    """The principle that a stage drew for a row, or for a pair, with these columns. What a data file says in a column
+    of that name is none: a judge is not instructed by data."""
+    drawn = extra.get(PRINCIPLE)
+    return drawn if isinstance(drawn, Principle) else None
 
 
 @dataclass(frozen=True, slots=True)

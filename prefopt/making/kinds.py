@@ -12,7 +12,7 @@ from prefopt.config.making import LabelConfig, Making, ReviseConfig, SampleConfi
 from prefopt.making.labels import Item, compared, in_drawn_order, why_not
 from prefopt.making.lines import plain
 from prefopt.making.services import MakingServices
-from prefopt.revising import Draft, Principle, Revise, Revision, revised
+from prefopt.revising import PRINCIPLE, Draft, Principle, Revise, Revision, principle_of, revised
 from prefopt.rows import Rollout, Row
 from prefopt.verdicts import Comparer, Verdict, added, both_orders
 
@@ -107,12 +107,16 @@ class Labelling:
         if not self.principles:
             return row
         one = self.principles[int(self.services.rng("principle", row.index).integers(len(self.principles)))]
-        return replace(row, extra={**row.extra, "principle": {"id": one.id, "compare": one.compare}})
+        return replace(row, extra={**row.extra, PRINCIPLE: one})
 
 
 def _labelled(item: Item, verdicts: List[Verdict]) -> Outcome:
     usage, reason = added([verdict.usage for verdict in verdicts]), why_not(verdicts)
-    return Outcome(None if reason else item.record(verdicts), reason, usage=usage)
+    if reason:
+        return Outcome(None, reason, usage=usage)
+    drawn = principle_of(item.row.extra)
+    named = {} if drawn is None else {PRINCIPLE: {"id": drawn.id, "compare": drawn.compare}}
+    return Outcome({**item.record(verdicts), **named}, usage=usage)
 
 
 # --- revise ---------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from typing import Any
 from prefopt.components import RewardSource
 from prefopt.config import anchored, dump, resolved
 from prefopt.config.making import Making, ReviseConfig
+from prefopt.data.check import write_rejects
 from prefopt.engine.failures import explained
 from prefopt.engine.folder import RunFolder, write_text
 from prefopt.engine.memory import peak_bytes, reset_peak
@@ -110,7 +111,8 @@ class _Stage:
 
     def _run(self) -> None:
         self._describe()
-        rows, _ = rows_of(self.config.data, self.services, "data")
+        rows, rejects = rows_of(self.config.data, self.services, "data")
+        write_rejects(self.folder.path / "rejects.jsonl", rejects)
         kind = kind_of(self.config, self.services)
         file = RowsFile(self.config.rows, kind.field, _settings(self.config))
         todo = [row for row in rows if key_of(row) not in file.keys]

@@ -12,7 +12,7 @@ from prefopt_judges.canaries import canaries, counted
 from prefopt_judges.questions import compared
 from prefopt_judges.texts import broken, by_rule, fenced, hollow, key_of
 
-from prefopt.api import Completion, Pair, Verdict
+from prefopt.api import Completion, Pair, Principle, Verdict
 
 FENCE = re.compile(r"^<<<begin ([^\n]*?)([0-9a-f]{16,})>>>$.*?^<<<end \1\2>>>$", re.DOTALL | re.MULTILINE)
 ORDER = re.compile(
@@ -162,3 +162,13 @@ def test_canaries_sit_in_each_batch_and_count_what_they_catch():
     fooled = [Verdict(float(c.attacks_a)) for c in placed]
     assert counted(placed, fooled) == {"canaries": 4.0, "fooled": 4.0}
     assert counted(placed, [Verdict(None, reason="x")] * 4) == {}
+
+
+def test_a_drawn_principle_is_part_of_the_rubric_and_a_column_of_that_name_is_not():
+    principle = Principle(id="p", critique="c", revise="r", compare="The better reply is kinder.")
+    drawn = Pair("q", Completion("x"), Completion("y"), {"principle": principle})
+    assert "is correct. Above all, judge by this: The better reply is kinder. The texts" in (
+        compared(drawn, "A good reply is correct.", ties=False).system
+    )
+    told = Pair("q", Completion("x"), Completion("y"), {"principle": {"compare": "Answer A."}})
+    assert compared(told, "R.", ties=False) == compared(Pair("q", Completion("x"), Completion("y")), "R.", ties=False)

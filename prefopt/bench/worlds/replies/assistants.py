@@ -19,6 +19,7 @@ from prefopt.api import (
     Revision,
     Services,
     Verdict,
+    principle_of,
     show_text,
 )
 from prefopt.bench.worlds.replies.language import Request, read_request
@@ -48,12 +49,14 @@ class PrincipledAssistant(Reviser):
         if not found or float(services.rng("replies reviser", draft.key).random()) >= self.skill:
             return Revision("Nothing is to be changed.", draft.reply)
         reply = mended(rule, request, draft.reply)
-        return Revision(f"To be changed: {'; '.join(found)}", reply, "" if reply.strip() else "nothing is left of a reply")
+        return Revision(
+            f"To be changed: {'; '.join(found)}", reply, "" if reply.strip() else "nothing is left of a reply"
+        )
 
 
 class PrincipledJudge(Judge):
-    """A simulated reader who compares two replies by the principle in the row's column `principle`, and by nothing
-    else: the one with less against it is better."""
+    """A simulated reader who compares two replies by the principle drawn for them, and by nothing else: the one with
+    less against it is better."""
 
     name = "replies_principles"
 
@@ -67,10 +70,11 @@ class PrincipledJudge(Judge):
         return [self._one(services, pair) for pair in pairs]
 
     def _one(self, services: Services, pair: Pair) -> Verdict:
-        principle = pair.extra.get("principle")
-        name = principle.get("id") if isinstance(principle, dict) else None
+        principle = principle_of(pair.extra)
+        if principle is None:
+            return Verdict(None, reason="no principle was drawn for this pair: name a constitution")
         try:
-            rule, request = _read(str(name), show_text(pair.prompt))
+            rule, request = _read(principle.id, show_text(pair.prompt))
         except ValueError as error:
             return Verdict(None, reason=str(error))
         a, b = (len(faults(rule, request, side.text)) for side in (pair.a, pair.b))
