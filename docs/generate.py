@@ -26,9 +26,11 @@ from prefopt.bench.report import HEADLINE, TITLES, Report, name_of, notes, shown
 from prefopt.cli.app import app
 from prefopt.components import Algorithm, RolloutAlgorithm
 from prefopt.config.judging import JudgingConfig
+from prefopt.config.making import MAKING, MakingSection
 from prefopt.config.models import RunConfig, SuiteConfig
 from prefopt.plugins import load
 from prefopt.registry import Entry, field_docs
+from prefopt.revising import Principle
 from prefopt.rows import Role
 from prefopt.stats import Interval
 
@@ -52,6 +54,16 @@ def configuration() -> Iterator[str]:
     yield "`section.key=value`. Components (`algorithm`, `data`, `sampler`, `eval.tasks`) have keys of their own:"
     yield "`prefopt explain NAME` lists them.\n"
     yield from _sections(RunConfig, "")
+    yield "# Stages\n"
+    yield "`stages: [...]` is a list of runs, each with a `name`; what stands beside it is shared. A stage with another"
+    yield "`kind` than `train` makes rows. `stage:NAME` is the model, or the file of rows, an earlier stage makes.\n"
+    for kind, model in MAKING.items():
+        yield f"## `kind: {kind}`\n\n{inspect.getdoc(model)}\n"
+        yield from _table(model)
+    yield f"## `run` of a stage that makes rows\n\n{inspect.getdoc(MakingSection)}\n"
+    yield from _table(MakingSection)
+    yield "## Principles\n\nA constitution is a YAML file with a list of `principles`.\n"
+    yield from _table(Principle)
     yield "# Suites\n"
     yield "One YAML file describes a comparison, run by `prefopt bench run`.\n"
     yield from _table(SuiteConfig)

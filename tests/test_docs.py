@@ -17,6 +17,7 @@ from prefopt.components import Algorithm
 from prefopt.config import run_from, stages_of
 from prefopt.config.judging import JudgingConfig
 from prefopt.config.load import validated
+from prefopt.config.making import Constitution
 from prefopt.config.models import SuiteConfig
 from prefopt.config.yaml import parse
 from prefopt.testing import check_algorithm
@@ -82,6 +83,8 @@ def test_configurations_are_valid(page, plugins, tmp_path):
             assert make_plan(suite, document, tmp_path, plugins.find).cells
         elif "stages" in document.data:
             assert stages_of(document, plugins.find)
+        elif "principles" in document.data:
+            assert validated(Constitution, document, plugins.find)
         elif {"judge", "judges"} & document.data.keys():
             validated(JudgingConfig, document, plugins.find)
         elif "prefopt" in document.data:
