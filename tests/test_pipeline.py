@@ -8,7 +8,7 @@ import pytest
 
 from prefopt import pipeline
 from prefopt.config.yaml import parse
-from prefopt.errors import ConfigError
+from prefopt.errors import ConfigError, DataError
 from prefopt.pipeline import checked, run_stages
 from prefopt.session import Session
 from prefopt.testing.tiny import tiny_rows, write_rows
@@ -69,3 +69,60 @@ def test_every_stage_is_checked_before_any_is_run(document, plugins, monkeypatch
     document.data["stages"][2]["reference"] = {"path": "nowhere/at/all"}
     with pytest.raises(ConfigError, match="there is no folder `nowhere/at/all`"):
         list(run_stages(checked(document, plugins), plugins))
+
+
+@pytest.fixture
+def labelling(tiny_model, tmp_path):
+    """A model, labels of its replies, and a method that learns from them."""
+    rows = write_rows(tmp_path / "rows.jsonl", tiny_rows("demonstration"))
+    text = f"""\
+prefopt: 1
+model: {{path: "{tiny_model}"}}
+data: {{source: jsonl, path: "{rows}"}}
+optim: {{lr: 0.01, batch_size: 8}}
+sampler: {{name: plain, max_new_tokens: 4}}
+run: {{dir: "{tmp_path / "all"}", steps: 1, device: cpu, threads: 1}}
+stages:
+  - {{name: labels, kind: label, n: 2, judge: {{name: rule, prefer: longer}}}}
+  - name: dpo
+    data: {{source: jsonl, path: "stage:labels"}}
+    algorithm: {{name: dpo}}
+"""
+    return parse(text, "all.yaml")
+
+
+def test_a_stage_learns_from_the_rows_of_another(labelling, plugins, tmp_path):
+    folder, said = tmp_path / "all", []
+    lines = list(run_stages(checked(labelling, plugins), plugins, say=said.append))
+    count = len((folder / "labels/rows.jsonl").read_text().splitlines())
+    assert f"labels: finished: {count} rows: {folder}/labels/rows.jsonl" in lines
+    assert said[-1].startswith("labels: 24 of 24 rows in ")
+    assert json.loads((folder / "dpo/run.json").read_text())["data"].keys() == {f"{folder}/labels/rows.jsonl"}
+    assert list(run_stages(checked(labelling, plugins), plugins)) == [
+        f"labels: finished before: {folder}/labels/rows.jsonl",
+        f"dpo: finished before: {folder}/dpo/model",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("place", "section", "error", "message"),
+    [
+        (0, {"kind": "sample", "n": 1, "judge": None}, ConfigError, r"unknown key `judge`"),
+        (0, {"model": None}, ConfigError, r"`model`: replies are drawn, and there is no model"),
+        (0, {"model": {"path": "world:replies"}}, ConfigError, r"`world:replies` has learned nothing yet"),
+        (0, {"constitution": "nowhere.yaml"}, ConfigError, r"nowhere.yaml: cannot read the file"),
+        (0, {"n": None}, DataError, r"a demonstration cannot become a comparison"),
+        (1, {"algorithm": {"name": "kto"}, "data": {"source": "jsonl", "path": "nowhere"}}, DataError, "nowhere"),
+    ],
+)
+def test_what_is_wrong_with_rows_is_found_before_any_are_made(labelling, plugins, place, section, error, message):
+    labelling.data["stages"][place] |= section
+    with pytest.raises(error, match=message):
+        checked(labelling, plugins)
+
+
+def test_rows_that_a_method_cannot_learn_from_are_refused_before_they_are_made(labelling, plugins):
+    stage = {"kind": "sample", "n": 1, "name": "labels"}
+    labelling.data["stages"][0] = stage
+    with pytest.raises(DataError, match="a demonstration cannot become a comparison"):
+        checked(labelling, plugins)

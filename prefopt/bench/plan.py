@@ -15,7 +15,17 @@ from typing import Any
 
 from prefopt.bench.content import Find, dependencies, key_of, plain
 from prefopt.config import Document, RunConfig, SuiteConfig
-from prefopt.config.stages import STAGE, Config, check_references, makes, product_of, replaced, stage_from
+from prefopt.config.stages import (
+    STAGE,
+    TRAIN,
+    Config,
+    check_references,
+    kind_of,
+    makes,
+    product_of,
+    replaced,
+    stage_from,
+)
 from prefopt.errors import ConfigError
 from prefopt.rows import Row
 
@@ -154,9 +164,10 @@ class _Builder:
             job = _measurable(method.stage, stages, method.written.where(("stage",)))
         else:
             run = self._varied(self.base.merged(method.sections), settings)
+            if kind_of(run) != TRAIN:
+                raise ConfigError("a method trains: only stages have another `kind`", where=run.where(("kind",)))
             job = self.job(f"{method.label or _algorithm(run)}, seed {seed}", run, seed, stages)
-        if not isinstance(job.config, RunConfig):
-            raise ConfigError("a method trains a model", where=method.written.where(("kind",)))
+        assert isinstance(job.config, RunConfig), "what makes rows is not measured"
         name = job.config.algorithm.name
         if job.config.algorithm.trains_reward != (method.best_of is not None):
             raise ConfigError("a method needs `best_of` exactly when it trains a reward model", where=where)

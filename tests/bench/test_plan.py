@@ -167,3 +167,40 @@ def test_what_is_wrong_in_a_suite_is_located(plugins, tmp_path, override, words,
     problem = caught.value.problems[0]
     assert words in problem.what
     assert problem.where == where
+
+
+LABELS = """\
+stages.labels={kind: label, model: {path: "stage:sft"}, data: {source: replies, format: prompts, size: 9}, n: 2,
+judge: {name: gold, reward: {name: replies_gold}}}"""
+LEARNING = 'methods.1={label: DPO, data: {source: jsonl, path: "stage:labels"}}'
+
+
+def test_a_cell_pays_for_the_rows_it_learns_from(plugins, tmp_path):
+    made = plan(plugins, tmp_path, "seeds=[0]", LABELS, LEARNING)
+    sft, dpo, reward = made.cells
+    labels = next(job for job in made.jobs.values() if job.title == "labels, seed 0")
+    assert made.jobs[dpo.job].needs == (sft.job, labels.key)
+    assert made.jobs[dpo.job].config.data.source.path == str(tmp_path / "store" / labels.key / "rows.jsonl")
+    assert made.counted(dpo) == [labels.key, dpo.job]
+    assert made.counted(reward) == [reward.job]
+
+
+def test_another_judge_is_another_cell(plugins, tmp_path):
+    other = LABELS.replace("replies_gold}", "replies_gold}, mistakes: 0.2")
+    keys = [plan(plugins, tmp_path, "seeds=[0]", labels, LEARNING).cells[1].job for labels in (LABELS, other)]
+    assert keys[0] != keys[1]
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("methods.1={label: x, stage: labels}", "`stage` wants a model, and stage `labels` makes rows"),
+        ("baseline=labels", "wants a model, and stage `labels` makes rows"),
+        ("methods.1.kind=sample", "`kind`"),
+        ('methods.1.data={source: jsonl, path: "stage:sft"}', "`data.path` wants rows, and stage `sft` makes a model"),
+    ],
+)
+def test_rows_are_no_model_in_a_suite_either(plugins, tmp_path, override, words):
+    with pytest.raises(ConfigError) as caught:
+        plan(plugins, tmp_path, LABELS, LEARNING, override)
+    assert words in caught.value.problems[0].what

@@ -100,3 +100,11 @@ def test_a_folder_without_a_run_gets_advice_that_fits(tmp_path):
         read_back(tmp_path / "nowhere", [])
     assert caught.value.exit_code == 2
     assert "prefopt train" in caught.value.problems[0].fix
+
+
+def test_a_folder_of_rows_goes_on_with_its_stages(tmp_path):
+    folder = tmp_path / "labels"
+    folder.mkdir()
+    (folder / "config.yaml").write_text("kind: label\n")
+    with pytest.raises(ConfigError, match="rows are made here, and no model is trained"):
+        read_back(folder, ())

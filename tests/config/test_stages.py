@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 
 from prefopt.config import stages_of
+from prefopt.config.stages import makes
 from prefopt.config.yaml import parse
 from prefopt.errors import ConfigError
+from prefopt.rows import Comparison
 
 TEXT = """\
 prefopt: 1
@@ -62,3 +64,62 @@ def test_what_is_wrong_is_said_with_its_place(plugins, old, new, message):
 def test_stages_are_a_list(plugins, listed):
     with pytest.raises(ConfigError, match="`stages` is a list of runs"):
         stages(plugins, f"prefopt: 1\nrun: {{dir: x}}\n{listed}\n")
+
+
+ROWS = """\
+prefopt: 1
+model: {path: "stage:sft"}
+data: {source: replies, format: prompts, size: 9}
+optim: {lr: 0.1}
+run: {dir: runs/all, seed: 4, steps: 3, threads: 2}
+stages:
+  - name: sft
+    model: {path: "world:replies"}
+    algorithm: {name: sft}
+  - name: labels
+    kind: label
+    n: 2
+    judge: {name: gold, reward: {name: replies_gold}}
+  - name: dpo
+    data: {source: jsonl, path: "stage:labels"}
+    algorithm: {name: dpo}
+"""
+
+
+def test_a_stage_that_makes_rows_takes_of_what_is_shared_what_it_knows(plugins):
+    sft, labels, dpo = stages(plugins, ROWS)
+    assert (labels.config.kind, labels.config.n, labels.config.judge.name) == ("label", 2, "gold")
+    assert (labels.config.run.dir, labels.config.run.seed, labels.config.run.threads) == ("runs/all/labels", 4, 2)
+    assert labels.config.model.path == dpo.config.model.path == sft.product
+    assert dpo.config.data.source.path == labels.product == "runs/all/labels/rows.jsonl"
+    assert makes(sft.config) is None
+    assert makes(labels.config) is Comparison
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (
+            'path: "stage:labels"}',
+            'path: "stage:sft"}',
+            r"all.yaml:15:27: `data.path` wants rows, and stage `sft` makes a model\n.*labels",
+        ),
+        (
+            "    algorithm: {name: dpo}",
+            '    model: {path: "stage:labels"}\n    algorithm: {name: dpo}',
+            r"all.yaml:16:13: `model.path` wants a model, and stage `labels` makes rows\n.*sft",
+        ),
+        (
+            "    algorithm: {name: dpo}",
+            '    algorithm: {name: dpo}\n    reference: {path: "stage:labels"}',
+            r"all.yaml:17:17: `reference.path` wants a model",
+        ),
+        ("    n: 2", "    n: 1", r"all.yaml:12:5: `n` .*greater than or equal to 2"),
+        ("    n: 2", "    rounds: 2", r"all.yaml:12:5: unknown key `rounds`"),
+        ("    n: 2", "    run: {steps: 2}", r"all.yaml:12:11: unknown key `run.steps`"),
+    ],
+)
+def test_what_stands_in_the_wrong_place_is_said_with_its_place(plugins, old, new, message):
+    assert old in ROWS
+    with pytest.raises(ConfigError, match=message):
+        stages(plugins, ROWS.replace(old, new))
