@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from prefopt.components import Drawer, Request, Sampler
+from prefopt.components import Sampler
 from prefopt.config.making import Making
 from prefopt.data.adapt import adapt
 from prefopt.data.render import Renderer
@@ -24,6 +24,7 @@ from prefopt.engine.text_model import Reader
 from prefopt.errors import ConfigError
 from prefopt.plugins import Plugins
 from prefopt.rows import Completion, Prompt, Rollout, Row, Text
+from prefopt.sampling import Drawer, Request
 from prefopt.session import default_sampler
 
 if TYPE_CHECKING:
