@@ -115,6 +115,7 @@ class _Stage:
         write_rejects(self.folder.path / "rejects.jsonl", rejects)
         kind = kind_of(self.config, self.services)
         file = RowsFile(self.config.rows, kind.field, _settings(self.config))
+        self.config.rows.touch()
         todo = [row for row in rows if key_of(row) not in file.keys]
         with stop_requests() as requests:
             self._work(todo, kind, file, requests)
