@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Sequence as List
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -42,6 +43,8 @@ class MakingServices:
     warn: Callable[[str], None]
     sampled: int = 0
     """Tokens drawn so far."""
+    closing: ExitStack = field(default_factory=ExitStack)
+    """What ends with the stage."""
     _readers: list[RewardModel | Reader] = field(default_factory=list)
 
     @property
@@ -83,7 +86,8 @@ class MakingServices:
 
     @cached_property
     def sampler(self) -> Sampler:
-        return self.config.sampler or default_sampler(self.plugins)
+        sampler = self.config.sampler or default_sampler(self.plugins)
+        return self.closing.enter_context(sampler.running(self))
 
     @cached_property
     def _drawer(self) -> Drawer:

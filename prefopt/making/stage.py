@@ -104,7 +104,8 @@ class _Stage:
         began = time.perf_counter()
         reset_peak(self.ranks.device)
         try:
-            self._run()
+            with self.services.closing:
+                self._run()
         finally:
             used = {"total_seconds": time.perf_counter() - began, "peak_memory_bytes": peak_bytes(self.ranks.device)}
             Recorder(self.folder.path, active=True).line(TIMINGS, used)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -206,3 +207,17 @@ def test_labels_by_principles_say_which_was_drawn(stage):
     for row in rows:
         name = IDS[int(generator(0, "component", "principle", row["place"]).integers(3))]
         assert row["principle"] == {"id": name, "compare": f"more {name}"}
+
+
+def test_a_sampler_runs_as_long_as_the_stage(stage, monkeypatch):
+    events = []
+
+    @contextmanager
+    def running(self, services):
+        events.append(services.kept("x").name)
+        yield self
+        events.append("ended")
+
+    monkeypatch.setattr(load().find("sampler", "plain"), "running", running)
+    stage("sample")
+    assert events == ["x", "ended"]
