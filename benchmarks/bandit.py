@@ -19,13 +19,13 @@ from statistics import fmean
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from prefopt.bench.stats import t_interval
 from prefopt.bench.worlds.bandit import LETTERS, LONGEST, VOCABULARY, Exact, replies, worth
 from prefopt.config import run_from
 from prefopt.config.yaml import Document
 from prefopt.engine.folder import write_text
 from prefopt.plugins import load
 from prefopt.session import train
+from prefopt.stats import t_interval
 
 RESULT = Path(__file__).parent / "results/bandit.json"
 BETA = 0.5
