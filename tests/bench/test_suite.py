@@ -215,7 +215,7 @@ def test_an_unforeseen_failure_is_listed_and_the_rest_is_worked_off(tmp_path, pl
         return {"metrics": {}, "samples": []}
 
     execution = executed(tmp_path, plugins, monkeypatch, answers)
-    assert done == ["train", "train", "measure", "measure"] or done == ["train", "measure", "train", "measure"]
+    assert done == ["stage", "stage", "measure", "measure"] or done == ["stage", "measure", "stage", "measure"]
     assert [(f.title, f.problem, f.traceback) for f in execution.failures] == [
         ("train DPO <b>, seed 0", "ZeroDivisionError: x", "File ..., line 1"),
         ("measure DPO <b>, seed 0", "needs `train DPO <b>, seed 0`, which failed", ""),
