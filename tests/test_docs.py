@@ -41,10 +41,10 @@ def with_blocks(kind: str) -> list[Path]:
 
 
 def with_commands() -> list[Any]:
-    """Pages whose commands are run; those of the tutorial take two minutes."""
+    """Pages whose commands are run; what trains several models is slow."""
     pages = [page for page in with_blocks("console") if page.name != "README.md"]
-    slow = {"tutorial.md": [pytest.mark.slow]}
-    return [pytest.param(page, marks=slow.get(page.name, []), id=identity(page)) for page in pages]
+    slow = {"tutorial.md", "rlaif.md"}
+    return [pytest.param(page, marks=[pytest.mark.slow] * (page.name in slow), id=identity(page)) for page in pages]
 
 
 @pytest.mark.parametrize("page", with_commands())
