@@ -177,7 +177,7 @@ def judge_model(shared_models, tmp_path_factory):
         data={"source": "jsonl", "path": str(folder / "rows.jsonl")},
         algorithm={"name": "sft"},
         optim={"lr": 1e-3, "batch_size": 16},
-        run={"epochs": 5},
+        run={"epochs": 15},
     )
     return folder / "taught/model"
 
@@ -248,7 +248,9 @@ def test_judges_say_the_same_through_every_server(python, judge_model, facts, tm
     }
     assert max(gaps) < 1e-3
     assert len(sure) > len(pairs) / 2
-    assert all(greedy[i] == texts[i] == float(local[i] > 0.5) for i in sure)
+    wanted = [float(local[i] > 0.5) for i in sure]
+    assert [greedy[i] for i in sure] == wanted
+    assert [texts[i] for i in sure] == wanted
 
 
 # --- sampling -------------------------------------------------------------------------------------------------------
