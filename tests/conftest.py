@@ -12,7 +12,7 @@ from prefopt.config import RunConfig, run_from
 from prefopt.config.yaml import parse
 from prefopt.plugins import Plugins, load
 
-TOGETHER = ("tests/test_wheels.py", "bench/test_suite.py", "bench/worlds/test_replies.py", "invariance/test_ranks.py")
+TOGETHER = ("tests/test_wheels.py", "bench/test_suite.py", "invariance/test_ranks.py")
 """Files whose tests share something costly: one process runs them all."""
 FIRST = (*TOGETHER, "test_commands_run_as_written")
 """What begins before the many short ones, so that no process is left with it at the end."""

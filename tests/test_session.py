@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from prefopt import session
 from prefopt.api import Algorithm, Comparison, Loss, Needs
+from prefopt.cli.app import main
 from prefopt.config import load_run
 from prefopt.engine.forward import Scorer
 from prefopt.engine.services import EngineServices
@@ -556,8 +557,8 @@ def test_secrets_are_in_no_byte_of_a_run_folder(tiny_model, tmp_path, monkeypatc
     assert [s for s in secrets + known if s.encode() in written] == []
 
 
-def test_the_command_line_trains_and_reports_exit_codes(tiny_model, tmp_path):
-    """Through a shell: train, refuse what is finished (2), refuse bad data (3)."""
+def test_the_command_line_trains_and_reports_exit_codes(tiny_model, tmp_path, monkeypatch, capsys):
+    """Train, through a shell; refuse what is finished (2), refuse bad data (3)."""
     data = write_rows(tmp_path / "pairs.jsonl", tiny_rows("comparison"))
     config = tmp_path / "run.yaml"
     config.write_text(f"""
@@ -568,17 +569,20 @@ algorithm: {{name: dpo}}
 run: {{dir: {tmp_path}/run, steps: 3, device: cpu}}
 """)
 
-    def prefopt(*arguments: str) -> subprocess.CompletedProcess:
-        return subprocess.run(
-            [sys.executable, "-m", "prefopt", *arguments], capture_output=True, text=True, check=False, cwd=tmp_path
-        )
-
-    done = prefopt("train", str(config))
+    command = [sys.executable, "-m", "prefopt", "train", str(config)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert f"finished: {tmp_path}/run/model" in done.stdout
     assert "dpo: steps 0 to 3" in done.stderr
-    again = prefopt("resume", str(tmp_path / "run"))
-    assert (again.returncode, "the run is finished" in again.stderr) == (2, True)
+
+    def refused(*arguments: str) -> tuple[object, str]:
+        monkeypatch.setattr(sys, "argv", ["prefopt", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return ended.value.code, capsys.readouterr().err
+
+    status, said = refused("resume", str(tmp_path / "run"))
+    assert (status, "the run is finished" in said) == (2, True)
     data.write_text("{}\n")
-    broken = prefopt("validate", str(config))
-    assert (broken.returncode, "Traceback" in broken.stderr) == (3, False)
+    status, said = refused("validate", str(config))
+    assert (status, "Traceback" in said) == (3, False)

@@ -136,6 +136,7 @@ def test_a_wrong_suite_runs_nothing(ran, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_cell_that_fails_is_reported_and_the_others_are_kept(ran, tmp_path):
     root, _ = ran
     copytree(root / "out", tmp_path / "out")  # all but that cell is done

@@ -17,6 +17,7 @@ from prefopt.engine.services import EngineServices
 from prefopt.rows import Completion, Prompt, Rollout
 from prefopt.session import default_sampler, train
 
+pytestmark = pytest.mark.slow
 RECIPE = Path(__file__).parents[3] / "prefopt" / "recipes" / "first"
 
 
