@@ -115,6 +115,27 @@ class Answering:
 
 
 @dataclass
+class _Shared:
+    """The held-out rows, and what the baseline drew for them. No model: a worker trains between measurements."""
+
+    rows: list[Row]
+    drawn: dict[int, list[Rollout]] = field(default_factory=dict)
+
+    def once(self, draws: Draws) -> Draws:
+        """The same draws, drawn once."""
+
+        def drawn(n: int) -> list[Rollout]:
+            if n not in self.drawn:
+                self.drawn[n] = draws(n)
+            return self.drawn[n]
+
+        return drawn
+
+
+_kept: dict[str, _Shared] = {}
+
+
+@dataclass
 class _Bench:
     """The models of one measurement."""
 
@@ -127,12 +148,12 @@ class _Bench:
         wanted = self.measurement
         device = _device(wanted.device)
         services = EngineServices(wanted.seed, device)
-        rows = list(wanted.held_out.source.open(services))
+        rows = self._shared.rows
         if not rows:
             raise DataError("the data source has no rows", where="held_out")
         base = open_model(wanted.baseline, device)
         renderer = Renderer(base.tokenizer, wanted.held_out.max_length, wanted.held_out.overflow)
-        baseline = self._draws(base, renderer, rows, "suite baseline")
+        baseline = self._shared.once(self._draws(base, renderer, rows, "suite baseline"))
         if wanted.reward is None or wanted.best_of is None:
             policy = open_model(wanted.policy or wanted.baseline, device)
             draws = self._draws(policy, renderer, rows, "suite")
@@ -141,6 +162,15 @@ class _Bench:
         draws = self._best_of(self._draws(base, renderer, rows, "suite"), reward, wanted.best_of, device)
         bound = best_of_n_kl(wanted.best_of)
         return Measured(rows, services, renderer, draws, baseline, scorer=reward, bound=bound)
+
+    @cached_property
+    def _shared(self) -> _Shared:
+        """What measurements against the same baseline share; the last of it is kept."""
+        asked = self.measurement.model_dump_json(exclude={"policy", "reward", "best_of", "tasks"})
+        if asked not in _kept:
+            _kept.clear()
+            _kept[asked] = _Shared(list(self.measurement.held_out.source.open(EngineServices(self.measurement.seed))))
+        return _kept[asked]
 
     def _draws(self, model: Model, renderer: Renderer, rows: list[Row], purpose: str) -> Draws:
         prompts = adapt(rows[: self.measurement.prompts], Prompt)
