@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from prefopt.stats import Interval
 
 WIDTH, ROW, LEFT, RIGHT = 640, 30, 190, 24
-HEIGHT, BOTTOM, TOP = 340, 44, 30
+HEIGHT, BOTTOM, TOP, NAMES = 340, 44, 30, 210
+APART = 16
+"""Pixels between two names at least."""
 
 
 @dataclass(frozen=True)
@@ -75,16 +78,18 @@ def forest(points: Sequence[Point]) -> dict[str, object]:
 
 
 def scatter(points: Sequence[Point]) -> dict[str, object]:
-    """Each method at (x, y) with a cross over both intervals."""
+    """Each method at (x, y) with a cross over both intervals; the names stand in a column beside, in order of y."""
     pairs = [(p, p.x) for p in points if p.x is not None]
     if not pairs:
         return {"points": [], "x_ticks": [], "y_ticks": [], "width": WIDTH, "height": 0}
-    left = 56
-    x_axis = Axis.over([end for _, x in pairs for end in _ends(x)], left, WIDTH - RIGHT)
-    y_axis = Axis.over([end for p, _ in pairs for end in _ends(p.y)], HEIGHT - BOTTOM, TOP)
+    left, right, bottom = 56, WIDTH, max(HEIGHT - BOTTOM, TOP + APART * len(pairs))
+    x_axis = Axis.over([end for _, x in pairs for end in _ends(x)], left, right)
+    y_axis = Axis.over([end for p, _ in pairs for end in _ends(p.y)], bottom, TOP)
+    names = apart([y_axis(p.y.mean) for p, _ in pairs], bottom)
     marks = [
         {
             "label": p.label,
+            "name": name,
             "x": x_axis(x.mean),
             "y": y_axis(p.y.mean),
             "left": x_axis(_ends(x)[0]),
@@ -92,14 +97,30 @@ def scatter(points: Sequence[Point]) -> dict[str, object]:
             "bottom": y_axis(_ends(p.y)[0]),
             "top": y_axis(_ends(p.y)[1]),
         }
-        for p, x in pairs
+        for (p, x), name in zip(pairs, names, strict=True)
     ]
     frame = {
-        "width": WIDTH,
-        "height": HEIGHT,
+        "width": WIDTH + NAMES,
+        "height": bottom + BOTTOM,
         "left": left,
-        "right": WIDTH - RIGHT,
-        "bottom": HEIGHT - BOTTOM,
+        "right": right,
+        "bottom": bottom,
         "top": TOP,
     }
     return {"points": marks, "x_ticks": x_axis.ticks(), "y_ticks": y_axis.ticks(), **frame}
+
+
+def apart(wanted: Sequence[float], last: float) -> list[float]:
+    """Places near the wanted ones and in their order, `APART` from each other, none behind `last`.
+
+    >>> apart([20, 21, 90, 10], last=90)
+    [26, 42, 90, 10]
+    """
+    order = sorted(range(len(wanted)), key=lambda i: wanted[i])
+    places = list(wanted)
+    for before, i in pairwise(order):
+        places[i] = max(places[i], places[before] + APART)
+    for i in reversed(order):
+        places[i] = min(places[i], last)
+        last = places[i] - APART
+    return places
