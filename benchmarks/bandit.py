@@ -39,7 +39,7 @@ METHODS = {
 }
 
 
-def main(folder: str = "runs/bandit", steps: str = "150") -> None:
+def main(folder: str = "runs/bandit", steps: str = "100") -> None:
     jobs = [
         (label, seed, Path(folder) / f"{i}-{seed}", int(steps)) for i, label in enumerate(METHODS) for seed in SEEDS
     ]
@@ -78,7 +78,7 @@ def run(job: tuple[str, int, Path, int]) -> dict[str, float]:
 def settings(label: str, seed: int, folder: Path, steps: int) -> dict[str, object]:
     """The same for every method but for its own section: 256 replies in each step."""
     held_out = {"source": "bandit", "size": 256}
-    method = METHODS[label]
+    method = {**METHODS[label], "n": 8}
     return {
         "prefopt": 1,
         "model": {"path": "world:bandit"},
@@ -86,7 +86,6 @@ def settings(label: str, seed: int, folder: Path, steps: int) -> dict[str, objec
         "algorithm": method,
         "reward": {"name": "bandit_gold"},
         "sampler": {"name": "continuous", "max_new_tokens": LONGEST},
-        "rollout": {"n": 8},
         "optim": {"lr": 1e-2, "batch_size": 32, "warmup": 0.05, "schedule": "linear", "max_grad_norm": None},
         "eval": {"every": steps, "data": held_out, "rows": 256, "tasks": [{"name": "bandit_gap", "beta": BETA}, "kl"]},
         "run": {"dir": str(folder), "seed": seed, "steps": steps, "threads": 1, "device": "cpu"},
