@@ -119,7 +119,7 @@ def _without(document: Document, keys: Sequence[str]) -> Document:
 
 def _only(document: Document, keys: Sequence[str] | Mapping[str, Any]) -> Document:
     out = Document({}, {(): document.where(())})
-    for key in document.data:
+    for key in document.data if isinstance(document.data, dict) else ():
         if key in keys:
             out.put((key,), document.at(key))
     return out

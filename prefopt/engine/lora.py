@@ -137,6 +137,11 @@ class Without(nn.Module):
     def __getattr__(self, name: str) -> Any:
         return super().__getattr__(name) if name in self.__dict__ else getattr(self.__dict__["inner"][0], name)
 
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """What it computes with: the weights below the adapters."""
+        whole = self.inner[0].state_dict(*args, **kwargs)
+        return {name: x for name, x in whole.items() if ".lora_" not in name}
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         with disabled(self.inner[0]):
             return self.inner[0](*args, **kwargs)

@@ -52,7 +52,9 @@ def kind_of(config: Making, services: MakingServices) -> Kind:
 
 
 def _shared(row: Row) -> dict[str, Any]:
-    return {**row.extra, "prompt": plain(row.prompt)}
+    """The prompt and the columns of a row, but for what an earlier stage wrote of how it made them."""
+    kept = {name: x for name, x in row.extra.items() if name not in ("drawn", "judged", "revised")}
+    return {**kept, "prompt": plain(row.prompt)}
 
 
 # --- sample ---------------------------------------------------------------------------------------------------------
@@ -100,7 +102,7 @@ class Labelling:
             row = replace(row, completions=tuple({c.text: c for c in row.completions}.values()))
             if len(row.completions) < 2:
                 return Outcome(None, ALIKE, fault=False)
-        return Item.of(self._under_one(row), self.config.pairing)
+        return Item.of(self._under_one(row), self.config.pairing, ranked=(self.config.n or 0) > 2)
 
     def _under_one(self, row: Row) -> Row:
         """The row with the principle its replies are compared by, drawn by its place, if there are any."""

@@ -42,15 +42,17 @@ class Item:
     row: Row
     replies: tuple[Completion, ...]
     met: tuple[tuple[int, int], ...]
+    ranked: bool = False
+    """Whether two replies, too, are written as several: the rows of a file have one form."""
 
     @classmethod
-    def of(cls, row: Row, pairing: Pairing) -> Item:
+    def of(cls, row: Row, pairing: Pairing, ranked: bool = False) -> Item:
         """Raises `DataError` for a row without two replies."""
         replies = replies_of(row)
         if len(replies) < 2:
             fix = "Write two or more replies for each prompt, as `completions`, or as `chosen` and `rejected`."
             raise DataError("a row without two replies cannot be compared", where=f"data, row {row.index}", fix=fix)
-        return cls(row, replies, tuple(places(len(replies), pairing)))
+        return cls(row, replies, tuple(places(len(replies), pairing)), ranked)
 
     def pairs(self) -> list[Pair]:
         return [Pair(self.row.prompt, self.replies[i], self.replies[j], self.row.extra) for i, j in self.met]
@@ -59,7 +61,7 @@ class Item:
         """The row with its labels: `preference` and `votes` of two replies, `scores` (win rates) of several."""
         shared = {**self.row.extra, "prompt": plain(self.row.prompt)}
         judged: dict[str, Any] = {"usage": added([v.usage for v in verdicts])}
-        if len(self.replies) == 2:
+        if len(self.replies) == 2 and not self.ranked:
             return {**shared, **self._two(verdicts[0]), "judged": {**judged, "tie": verdicts[0].tie}}
         told = [
             {"places": met, "better": v.a_better, "tie": v.tie, "votes": v.ballot}

@@ -40,7 +40,7 @@ class RowsFile:
 
     def _signed(self, key: str, record: Mapping[str, Any]) -> dict[str, Any]:
         self.keys.add(key)
-        return {**record, self.field: {"key": key, "by": self.by, **record.get(self.field, {})}}
+        return {**record, self.field: {**record.get(self.field, {}), "key": key, "by": self.by}}
 
 
 def append(path: Path, records: Iterable[Mapping[str, Any]]) -> None:

@@ -117,6 +117,7 @@ class _Stage:
         kind = kind_of(self.config, self.services)
         file = RowsFile(self.config.rows, kind.field, _settings(self.config))
         self.config.rows.touch()
+        whole_lines(self._path)  # what was cut short is not gone on with
         todo = [row for row in rows if key_of(row) not in file.keys]
         with stop_requests() as requests:
             self._work(todo, kind, file, requests)

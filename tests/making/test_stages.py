@@ -17,8 +17,11 @@ from prefopt.data.render import Renderer, load_tokenizer
 from prefopt.data.streams import generator
 from prefopt.engine.models import open_model
 from prefopt.engine.rollout import draw
+from prefopt.making.labels import Item
 from prefopt.making.stage import make
 from prefopt.plugins import load
+from prefopt.rows import Completion, Rollout
+from prefopt.verdicts import Verdict
 
 OWN = '''
 """A reviser, a judge and a reward that somebody else wrote, about exclamation marks."""
@@ -152,6 +155,20 @@ def test_rows_with_replies_of_their_own_are_labelled_as_they_are(stage):
     assert result["budget"]["sampled"] == 0
 
 
+def test_rows_of_a_stage_say_by_whom_they_were_made_and_not_what_they_were_made_of(stage):
+    made, first, _ = stage("sample", n=1)
+    _, second, _ = stage("sample", name="again", n=1, batch=5, data={"source": "jsonl", "path": str(made.path)})
+    assert {row["drawn"]["by"] for row in first}.isdisjoint({row["drawn"]["by"] for row in second})
+
+
+def test_rows_of_several_replies_have_one_form_though_two_of_them_are_the_same():
+    two = Rollout(prompt="p", completions=(Completion("a"), Completion("b")))
+    (met,) = Item.of(two, "all", ranked=True).met
+    told = Item(two, two.completions, (met,), ranked=True).record([Verdict(1.0)])
+    assert (told["completions"], told["scores"]) == (["a", "b"], [1.0, 0.0])
+    assert "chosen" in Item.of(two, "all").record([Verdict(1.0)])
+
+
 def test_a_stage_that_was_killed_repeats_only_the_batch_in_flight(stage, folder):
     settings = {"n": 2, "judge": {"name": "longer_once"}, "batch": 4}
     _, whole, result = stage("label", name="whole", **settings)
@@ -165,6 +182,8 @@ def test_a_stage_that_was_killed_repeats_only_the_batch_in_flight(stage, folder)
     Path("stop").unlink()
     with Path("killed/rows.jsonl").open("a") as file:
         file.write('{"prompt": "torn')
+    with Path("killed/work.jsonl").open("a") as file:
+        file.write('{"sampled": 3, "torn')
     _, rows, again = stage("label", name="killed", **settings)
     assert Path("killed/rows.jsonl").read_bytes() == Path("whole/rows.jsonl").read_bytes()
     assert len(Path("asked.txt").read_text()) - asked == 2 * (len(rows) - len(before))

@@ -45,7 +45,10 @@ RESULTS = ROOT / "benchmarks/results/servers.json"
 EAGER = ["--enforce-eager"]
 WIDTH = 32
 """The smallest attention head that vLLM has a CPU kernel for."""
-CHAT = "{% for m in messages %}{{ m['content'] }}\n\n{% endfor %}{% if add_generation_prompt %}Answer:\n{% endif %}"
+CHAT = (
+    "{% for m in messages %}{% if m['role'] == 'assistant' %}Answer:\n{{ m['content'] }}{% else %}"
+    "{{ m['content'] }}\n\n{% endif %}{% endfor %}{% if add_generation_prompt %}Answer:\n{% endif %}"
+)
 STEPS, SEEDS, OURS = 20, 3, 6
 AMOUNT = {"pairs": 24, "draws": 4000}
 

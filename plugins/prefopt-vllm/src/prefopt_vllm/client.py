@@ -106,13 +106,15 @@ class Client:
                 found += chunk
                 if len(found) > self.max_bytes:
                     raise Broken(f"a reply is longer than {self.max_bytes} bytes")
-        return _read(reply.status_code, bytes(found), path)
+        return _read(reply.status_code, bytes(found), path, self.token)
 
 
-def _read(status: int, found: bytes, path: str) -> Any:
-    """A reply as data."""
+def _read(status: int, found: bytes, path: str, token: str | None) -> Any:
+    """A reply as data; what a server says of an error may hold the token it was sent."""
     if status != 200:
-        what = f"{path} answered HTTP {status}: {redact(found[:SHOWN].decode(errors='replace'))}"
+        said = str(redact(found.decode(errors="replace")))
+        said = said.replace(token, "[redacted]") if token else said
+        what = f"{path} answered HTTP {status}: {said[:SHOWN]}"
         raise Lost(what) if status in LATER else Broken(what)
     try:
         return json.loads(found)
