@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Final
 
 from prefopt.config import Document, anchored, dump, read_document, resolved
 from prefopt.config.models import RunConfig
 from prefopt.config.stages import Stage, makes, stages_of
 from prefopt.config.yaml import parse
+from prefopt.engine.folder import digest
 from prefopt.errors import ConfigError, redact
 from prefopt.making.stage import make
 from prefopt.plugins import Plugins
 from prefopt.preflight import check
 from prefopt.session import train
+
+OTHERWISE: Final = "Choose another run.dir, or delete the folder of this stage and of those that build on it."
 
 
 def checked(document: Document, plugins: Plugins, beside: Path | None = None) -> list[Stage]:
@@ -63,8 +68,20 @@ def _refuse_other(stage: Stage, folder: Path) -> None:
         raise ConfigError(
             f"stage `{stage.name}` was begun with another configuration",
             where=str(kept),
-            fix="Choose another run.dir, or delete the folder of this stage and of those that build on it.",
+            fix=OTHERWISE,
         )
+    for name in () if isinstance(stage.config, RunConfig) else anchored(stage.config).files:
+        before = _digests(folder).get(name)
+        if before is not None and before != digest(Path(name)):
+            what = f"stage `{stage.name}` was begun when this file said something else"
+            raise ConfigError(what, where=name, fix=OTHERWISE)
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    """What the files that a stage reads were when it was begun."""
+    info = folder / "run.json"
+    found: dict[str, str] = json.loads(info.read_text("utf-8"))["data"] if info.exists() else {}
+    return found
 
 
 def _written(stage: Stage) -> object:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from scipy.stats import ttest_1samp
 
-from prefopt.api import Prompt, ServiceError
+from prefopt.api import ConfigError, Prompt, ServiceError
 from prefopt.config.stages import stage_from
 from prefopt.config.yaml import Document
 from prefopt.data.render import Renderer, load_tokenizer
@@ -19,6 +19,7 @@ from prefopt.engine.models import open_model
 from prefopt.engine.rollout import draw
 from prefopt.making.labels import Item
 from prefopt.making.stage import make
+from prefopt.pipeline import checked, run_stages
 from prefopt.plugins import load
 from prefopt.rows import Completion, Rollout
 from prefopt.verdicts import Verdict
@@ -240,3 +241,15 @@ def test_a_sampler_runs_as_long_as_the_stage(stage, monkeypatch):
     monkeypatch.setattr(load().find("sampler", "plain"), "running", running)
     stage("sample")
     assert events == ["x", "ended"]
+
+
+def test_a_constitution_that_has_changed_since_is_not_gone_on_with(folder, tiny_model):
+    one = {"name": "rows", "kind": "revise", "constitution": "constitution.yaml", "reviser": {"name": "shouter"}}
+    told = {"prefopt": 1, "model": {"path": str(tiny_model)}, "sampler": sampler(), "stages": [one]}
+    document = Document({**told, "data": {"source": "jsonl", "path": "prompts.jsonl"}, "run": {"dir": "all"}})
+    plugins = load()
+    list(run_stages(checked(document, plugins), plugins))
+    assert checked(document, plugins)
+    Path("constitution.yaml").write_text(Path("constitution.yaml").read_text().replace("is it two", "is it too"))
+    with pytest.raises(ConfigError, match=r"constitution.yaml: stage `rows` was begun when this file"):
+        checked(document, plugins)
