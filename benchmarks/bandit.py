@@ -30,6 +30,8 @@ from prefopt.stats import t_interval
 RESULT = Path(__file__).parent / "results/bandit.json"
 BETA = 0.5
 SEEDS = range(5)
+RATE, RATES = 1e-2, {"RLOO": 3e-3, "REINFORCE": 3e-3}
+"""Learning rates; smaller where a reply's tokens are summed and not averaged, which makes updates larger."""
 METHODS = {
     "PPO": {"name": "ppo", "beta": BETA, "decay": 1.0, "inner_epochs": 2, "truncated": "end"},
     "RLOO": {"name": "rloo", "beta": BETA},
@@ -76,7 +78,7 @@ def run(job: tuple[str, int, Path, int]) -> dict[str, float]:
 
 
 def settings(label: str, seed: int, folder: Path, steps: int) -> dict[str, object]:
-    """The same for every method but for its own section: 256 replies in each step."""
+    """The same for every method but for its own section and learning rate: 256 replies in each step."""
     held_out = {"source": "bandit", "size": 256}
     method = {**METHODS[label], "n": 8}
     return {
@@ -86,7 +88,13 @@ def settings(label: str, seed: int, folder: Path, steps: int) -> dict[str, objec
         "algorithm": method,
         "reward": {"name": "bandit_gold"},
         "sampler": {"name": "continuous", "max_new_tokens": LONGEST},
-        "optim": {"lr": 1e-2, "batch_size": 32, "warmup": 0.05, "schedule": "linear", "max_grad_norm": None},
+        "optim": {
+            "lr": RATES.get(label, RATE),
+            "batch_size": 32,
+            "warmup": 0.05,
+            "schedule": "linear",
+            "max_grad_norm": None,
+        },
         "eval": {"every": steps, "data": held_out, "rows": 256, "tasks": [{"name": "bandit_gap", "beta": BETA}, "kl"]},
         "run": {"dir": str(folder), "seed": seed, "steps": steps, "threads": 1, "device": "cpu"},
     }
