@@ -310,6 +310,12 @@ class Judge(Component):
 
     kind: ClassVar[str] = "judge"
 
+    @property
+    def reads_principles(self) -> bool:
+        """Whether it judges by the principle that was drawn for a pair, `principle_of(pair.extra)`. A judge that does
+        not is refused where there is a constitution."""
+        return False
+
     def open(self, services: Services) -> Comparer:
         """The function that compares; called once."""
         return self.compare

@@ -107,6 +107,9 @@ def _making_errors(
     yield from _caught(partial(_first_as, config.data, "data", config.run.seed, promised, wanted), "data")
     if not isinstance(config, SampleConfig) and config.constitution is not None:
         yield from _caught(partial(_check_constitution, config.constitution, isinstance(config, LabelConfig)))
+        if isinstance(config, LabelConfig) and not config.judge.reads_principles:
+            what = f"judge `{config.judge.name}` does not read principles: it would judge as if there were none"
+            yield ConfigError(what, where="judge", fix="Leave `constitution` out, or choose a judge that reads them.")
 
 
 def _check_constitution(path: str, compare: bool) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from prefopt.components import Component, DataSource
+from prefopt.config.load import holds_path
 from prefopt.config.making import LabelConfig, ReviseConfig, SampleConfig
 from prefopt.data.render import find_model
 from prefopt.engine.folder import digest
@@ -49,7 +50,8 @@ def dependencies(config: Any, find: Find) -> dict[str, Any]:
     classes = [*map(type, components), *_worlds(texts, find)]
     packages = sorted({"prefopt", *(cls.__module__.partition(".")[0] for cls in classes)})
     reading = (part for part in parts if isinstance(part, DataSource | SampleConfig | LabelConfig | ReviseConfig))
-    files = sorted({name for part in reading for name in part.files})
+    named = (name for part in components for name in _named(part))
+    files = sorted({*named, *(name for part in reading for name in part.files)})
     models = {text: folder for text in texts if (folder := _model_folder(text)) is not None}
     return {
         "code": {name: fingerprint(name) for name in packages},
@@ -57,6 +59,15 @@ def dependencies(config: Any, find: Find) -> dict[str, Any]:
         "files": {name: _file(Path(name).expanduser()) for name in files},
         "models": {text: {path.name: _file(path) for path in _model_files(folder)} for text, folder in models.items()},
     }
+
+
+def _named(part: Component) -> Iterator[str]:
+    """Files that a component's fields name. A cache changes with every run, and what is in it changes no result."""
+    for name, field in type(part).model_fields.items():
+        value = getattr(part, name)
+        if name != "cache" and holds_path(field):
+            found = value if isinstance(value, tuple) else (value,)
+            yield from (text for text in found if isinstance(text, str) and Path(text).expanduser().is_file())
 
 
 @cache

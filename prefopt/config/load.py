@@ -104,12 +104,13 @@ def _anchored(field: FieldInfo, value: Any) -> Any:
         return anchored(value)
     if isinstance(value, tuple):
         return tuple(_anchored(field, item) for item in value)
-    if isinstance(value, str) and _holds_path(field) and os.path.exists(value):
+    if isinstance(value, str) and holds_path(field) and os.path.exists(value):
         return os.path.abspath(value)
     return value
 
 
-def _holds_path(field: FieldInfo) -> bool:
+def holds_path(field: FieldInfo) -> bool:
+    """Whether a field names a file or a folder of the user's."""
     inner = (getattr(part, "__metadata__", ()) for part in get_args(field.annotation))
     return get_args(UserPath)[1] in (*field.metadata, *chain(*inner))
 

@@ -17,7 +17,11 @@ def draw(drawer: Drawer, renderer: Renderer, rows: List[Row], n: int, *key: str 
     drawn = dict(drawer([Request(opening, derive(*key, row.index, k)) for row, opening in prompts for k in range(n)]))
     return [
         Rollout(
-            prompt=row.prompt, index=row.index, extra=row.extra, completions=tuple(drawn[i * n + k] for k in range(n))
+            prompt=row.prompt,
+            index=row.index,
+            weight=row.weight,
+            extra=row.extra,
+            completions=tuple(drawn[i * n + k] for k in range(n)),
         )
         for i, (row, _) in enumerate(prompts)
     ]

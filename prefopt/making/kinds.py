@@ -10,7 +10,7 @@ from typing import Any
 from prefopt.config.constitution import read_constitution
 from prefopt.config.making import LabelConfig, Making, ReviseConfig, SampleConfig
 from prefopt.making.labels import Item, compared, in_drawn_order, why_not
-from prefopt.making.lines import plain
+from prefopt.making.lines import carried
 from prefopt.making.services import MakingServices
 from prefopt.revising import PRINCIPLE, Draft, Principle, Revise, Revision, principle_of, revised
 from prefopt.rows import Rollout, Row
@@ -51,12 +51,6 @@ def kind_of(config: Making, services: MakingServices) -> Kind:
     return Kind("revised", Revising.of(config, services))
 
 
-def _shared(row: Row) -> dict[str, Any]:
-    """The prompt and the columns of a row, but for what an earlier stage wrote of how it made them."""
-    kept = {name: x for name, x in row.extra.items() if name not in ("drawn", "judged", "revised")}
-    return {**kept, "prompt": plain(row.prompt)}
-
-
 # --- sample ---------------------------------------------------------------------------------------------------------
 
 
@@ -66,8 +60,8 @@ def _candidates(rollout: Rollout | None) -> Outcome:
         return Outcome(None, TOO_LONG, fault=False)
     texts = [completion.text for completion in rollout.completions]
     if len(texts) == 1:
-        return Outcome({**_shared(rollout), "completion": texts[0]})
-    return Outcome({**_shared(rollout), "completions": texts, "ranks": [0] * len(texts)})
+        return Outcome({**carried(rollout), "completion": texts[0]})
+    return Outcome({**carried(rollout), "completions": texts, "ranks": [0] * len(texts)})
 
 
 # --- label ----------------------------------------------------------------------------------------------------------
@@ -157,7 +151,7 @@ class Trail:
             for principle, revision in zip(self.principles, self.rounds, strict=True)
         ]
         told = {"completion": self.rounds[-1].reply, "draft": self.draft, "trace": trace}
-        return Outcome({**_shared(self.drawn), **told, "revised": {"usage": usage}}, usage=usage)
+        return Outcome({**carried(self.drawn), **told, "revised": {"usage": usage}}, usage=usage)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 from prefopt.data.streams import derive
 from prefopt.errors import DataError
-from prefopt.making.lines import plain, replies_of
+from prefopt.making.lines import carried, replies_of
 from prefopt.rows import Completion, Row, show_text
 from prefopt.verdicts import Comparer, Pair, Pairing, Verdict, added, answered, places, win_rates
 
@@ -59,7 +59,7 @@ class Item:
 
     def record(self, verdicts: List[Verdict]) -> dict[str, Any]:
         """The row with its labels: `preference` and `votes` of two replies, `scores` (win rates) of several."""
-        shared = {**self.row.extra, "prompt": plain(self.row.prompt)}
+        shared = carried(self.row)
         judged: dict[str, Any] = {"usage": added([v.usage for v in verdicts])}
         if len(self.replies) == 2 and not self.ranked:
             return {**shared, **self._two(verdicts[0]), "judged": {**judged, "tie": verdicts[0].tie}}

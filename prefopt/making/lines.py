@@ -10,8 +10,11 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
+from prefopt.data.formats import FORMATS
 from prefopt.errors import ConfigError
 from prefopt.rows import Comparison, Completion, Ranking, Rollout, Row, Text
+
+TELLING = frozenset({"drawn", "judged", "revised", "ranks", "scores", "votes"}).union(*(f.needs for f in FORMATS))
 
 
 class RowsFile:
@@ -73,6 +76,14 @@ def replies_of(row: Row) -> tuple[Completion, ...]:
     if isinstance(row, Comparison):
         return (row.chosen, row.rejected)
     return row.completions if isinstance(row, Ranking | Rollout) else ()
+
+
+def carried(row: Row) -> dict[str, Any]:
+    """What a made row has of the row it was made from: prompt, weight and columns, without those that said how that one
+    was made, or by which a reader would take this one for another format."""
+    kept = {name: x for name, x in row.extra.items() if name not in TELLING}
+    weight = {} if row.weight == 1 else {"weight": row.weight}
+    return {**kept, **weight, "prompt": plain(row.prompt)}
 
 
 def plain(prompt: Text) -> Any:

@@ -43,6 +43,8 @@ class MakingServices:
     warn: Callable[[str], None]
     sampled: int = 0
     """Tokens drawn so far."""
+    cut: int = 0
+    """Replies that did not come to their end."""
     closing: ExitStack = field(default_factory=ExitStack)
     """What ends with the stage."""
     _readers: list[RewardModel | Reader] = field(default_factory=list)
@@ -105,6 +107,7 @@ class MakingServices:
 
     def _count(self, drawn: List[Completion]) -> None:
         self.sampled += sum(len(completion.ids or ()) for completion in drawn)
+        self.cut += sum(not completion.finished for completion in drawn)
 
 
 @dataclass(frozen=True)

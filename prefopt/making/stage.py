@@ -41,19 +41,23 @@ WORK = "work.jsonl"
 
 @dataclass(frozen=True)
 class Made:
-    """A finished stage: its rows, how many there are, why the others are not, and what revising gained."""
+    """A finished stage: its rows, how many there are, why the others are not, how many replies were cut before their
+    end, and what revising gained."""
 
     path: Path
     rows: int
     missing: Mapping[str, int]
+    cut: int = 0
     gain: Gain | None = None
 
     @property
     def lines(self) -> list[str]:
         """The same in words."""
         without = [f"{count:,} rows left out: {reason}" for reason, count in self.missing.items()]
+        cut = f"{self.cut:,} replies were cut at max_new_tokens: what learns from them learns to stop there"
         return [
             *without,
+            *([cut] if self.cut else []),
             *([] if self.gain is None else [str(self.gain)]),
             f"finished: {self.rows:,} rows: {self.path}",
         ]
@@ -82,7 +86,7 @@ def read_back(config: Making) -> Made:
     """What a finished stage says of itself."""
     facts = json.loads((Path(config.run.dir) / "result.json").read_text("utf-8"))
     gain = Gain.model_validate(facts["gain"]) if "gain" in facts else None
-    return Made(config.rows, facts["rows"], facts["missing"], gain)
+    return Made(config.rows, facts["rows"], facts["missing"], facts["cut"], gain)
 
 
 @dataclass
@@ -130,7 +134,7 @@ class _Stage:
                 fix = "The same command goes on with the others."
                 raise Preempted(f"stopped on request; {len(file.keys):,} rows are written", fix=fix)
             some = [todo[i] for i in batch]
-            before = self.services.sampled, self.services.read
+            before = self.services.sampled, self.services.read, self.services.cut
             outcomes = kind.make(some)
             told = list(zip(map(key_of, some), outcomes, strict=True))
             append(self._path, [self._cost(*before, told)])
@@ -141,11 +145,12 @@ class _Stage:
     def _path(self) -> Path:
         return self.folder.path / WORK
 
-    def _cost(self, sampled: int, read: int, told: List[tuple[str, Outcome]]) -> dict[str, Any]:
+    def _cost(self, sampled: int, read: int, cut: int, told: List[tuple[str, Outcome]]) -> dict[str, Any]:
         """What a batch took, written before its rows: a batch that is cut short was paid for all the same."""
         return {
             "sampled": self.services.sampled - sampled,
             "forward": self.services.read - read,
+            "cut": self.services.cut - cut,
             "usage": added([outcome.usage for _, outcome in told]),
             "missing": [
                 {"key": key, "reason": outcome.reason, "fault": outcome.fault}
@@ -166,6 +171,7 @@ class _Stage:
             raise ServiceError(f"{faults:,} of {total:,} rows have no result. {reasons}", fix=fix)
         budget = {name: sum(batch[name] for batch in work) for name in ("forward", "sampled")}
         facts = {"outcome": "finished", "rows": len(file.keys), "missing": dict(missing)}
+        facts["cut"] = sum(batch["cut"] for batch in work)
         facts |= {"budget": {"backward": 0, **budget}, "usage": added([batch["usage"] for batch in work])}
         gain = self._gain(file)
         self.folder.write(self.folder.result, {**facts, **({} if gain is None else {"gain": gain.model_dump()})})
@@ -186,5 +192,6 @@ class _Stage:
 
 def _settings(config: Making) -> dict[str, Any]:
     """What makes the rows what they are."""
-    settings: dict[str, Any] = redact(config.model_dump(mode="json", exclude={"run": {"dir"}, "plugins": True}))
-    return settings
+    settings = config.model_dump(mode="json", exclude={"plugins", "batch", "max_missing"})
+    made: dict[str, Any] = redact({**settings, "run": {"seed": config.run.seed}})
+    return made

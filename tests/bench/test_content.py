@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,15 @@ def test_changed_content_under_the_same_name_is_other_work(place, name):
     assert key() == before
     (folder / name).write_text("something else")
     assert key() != before
+
+
+def test_a_file_that_a_judge_reads_counts_and_its_cache_does_not(tmp_path, plugins):
+    (tmp_path / "verdicts.jsonl").write_text("{}")
+    (tmp_path / "cache.sqlite").write_text("kept")
+    replay = plugins.find("judge", "replay")(path=str(tmp_path / "verdicts.jsonl"))
+    local = plugins.find("judge", "local")(path="nowhere", cache=str(tmp_path / "cache.sqlite"))
+    files = dependencies([replay, local], plugins.find)["files"]
+    assert files == {str(tmp_path / "verdicts.jsonl"): sha256(b"{}").hexdigest()}
 
 
 def test_what_is_not_read_does_not_count(place):

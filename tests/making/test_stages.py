@@ -21,7 +21,7 @@ from prefopt.making.labels import Item
 from prefopt.making.stage import make
 from prefopt.pipeline import checked, run_stages
 from prefopt.plugins import load
-from prefopt.rows import Completion, Rollout
+from prefopt.rows import Completion, Demonstration, Rollout
 from prefopt.verdicts import Verdict
 
 OWN = '''
@@ -50,8 +50,12 @@ class Loud(RewardSource):
         return [[Score(float(c.text.count("!"))) for c in group.completions] for group in groups]
 
 class Longer(Judge):
-    """The longer reply; it stops once, in the middle."""
+    """The longer reply, whatever the principle; it stops once, in the middle."""
     name = "longer_once"
+
+    @property
+    def reads_principles(self):
+        return True
 
     def compare(self, pairs):
         asked = Path("asked.txt")
@@ -223,10 +227,35 @@ def test_a_missing_revision_is_no_row_and_too_many_are_a_failure(stage):
 
 
 def test_labels_by_principles_say_which_was_drawn(stage):
-    _, rows, _ = stage("label", n=2, constitution="constitution.yaml", judge={"name": "rule", "prefer": "longer"})
+    _, rows, _ = stage("label", n=2, constitution="constitution.yaml", judge={"name": "longer_once"})
     for row in rows:
         name = IDS[int(generator(0, "component", "principle", row["place"]).integers(3))]
         assert row["principle"] == {"id": name, "compare": f"more {name}"}
+
+
+def test_a_judge_that_reads_no_principle_is_refused_where_there_is_a_constitution(stage):
+    with pytest.raises(ConfigError, match="judge: judge `rule` does not read principles"):
+        stage("label", n=2, constitution="constitution.yaml", judge={"name": "rule", "prefer": "longer"})
+
+
+def test_rows_keep_weight_and_columns_but_not_those_of_another_format(stage):
+    told = {"prompt": "p: ", "weight": 2.5, "chosen": "a", "rejected": "b", "source": "here"}
+    Path("pairs.jsonl").write_text(json.dumps(told) + "\n")
+    data = {"source": "jsonl", "path": "pairs.jsonl", "format": "prompt"}
+    made, rows, result = stage("sample", data=data)
+    assert (rows[0]["weight"], rows[0]["source"]) == (2.5, "here")
+    (row,) = load().find("data source", "jsonl")(path=str(made.path)).rows()
+    assert (type(row), row.weight, row.completion.text) == (Demonstration, 2.5, rows[0]["completion"])
+    assert result["cut"] == made.cut == 1  # six tokens are too few
+    assert "1 replies were cut" in made.lines[0]
+
+
+def test_how_many_may_be_missing_is_not_what_rows_are_made_by(stage):
+    settings = {"constitution": "constitution.yaml", "reviser": {"name": "shouter", "silent": "two"}}
+    with pytest.raises(ServiceError):
+        stage("revise", **settings)
+    made, rows, _ = stage("revise", **settings, max_missing=1.0, batch=3)
+    assert made.rows == len(rows) > 0
 
 
 def test_a_sampler_runs_as_long_as_the_stage(stage, monkeypatch):

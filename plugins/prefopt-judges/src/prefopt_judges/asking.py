@@ -53,6 +53,10 @@ class LanguageJudge(Judge):
     cache: UserPath | None = None
     """The file that keeps every reply. Default: `replies.sqlite` in the folder of the run; without a run, none."""
 
+    @property
+    def reads_principles(self) -> bool:
+        return True
+
     def asker(self, services: Services, replies: Replies) -> Ask:
         """What reaches the model."""
         raise NotImplementedError

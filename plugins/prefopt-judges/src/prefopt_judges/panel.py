@@ -21,6 +21,10 @@ class Ensemble(Judge):
     members: tuple[Judge, ...] = Field(min_length=2)
     """The judges."""
 
+    @property
+    def reads_principles(self) -> bool:
+        return all(member.reads_principles for member in self.members)
+
     def open(self, services: Services) -> Comparer:
         return _joined([member.open(services) for member in self.members], _mean)
 
@@ -34,6 +38,10 @@ class Majority(Judge):
     """The judges, with one vote each."""
     quorum: PositiveInt | None = None
     """How many must vote. Default: more than half of them."""
+
+    @property
+    def reads_principles(self) -> bool:
+        return all(member.reads_principles for member in self.members)
 
     def open(self, services: Services) -> Comparer:
         return _joined([member.open(services) for member in self.members], self._vote)

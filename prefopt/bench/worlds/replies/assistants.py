@@ -63,6 +63,10 @@ class PrincipledJudge(Judge):
     mistakes: float = Field(0.0, ge=0, le=0.5)
     """Share of pairs in which the worse reply is called better, drawn by their text and the run's seed."""
 
+    @property
+    def reads_principles(self) -> bool:
+        return True
+
     def open(self, services: Services) -> Comparer:
         return partial(self._all, services)
 
