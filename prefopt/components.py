@@ -144,9 +144,11 @@ class Component(BaseModel):
 
 
 def _read_annotations(cls: type[BaseModel]) -> None:
-    """Reads the annotations of a base once: pydantic would compile their text again for each class built on it."""
+    """Reads the annotations of a base once, and leaves those of its settings: pydantic would compile the text of all
+    again for each class built on it."""
     with suppress(NameError):
-        cls.__annotations__ = inspect.get_annotations(cls, eval_str=True)
+        read = inspect.get_annotations(cls, eval_str=True)
+        cls.__annotations__ = {name: hint for name, hint in read.items() if name not in cls.__class_vars__}
 
 
 _read_annotations(Component)

@@ -8,8 +8,9 @@
     def prefopt_algorithms():
         return [MyMethod]
 
-The first eight are called once, when plugins are loaded; they return component classes and must not load torch or touch
-files. The last four observe a run: whatever they raise is reported once and the run goes on.
+The first eight are called once, at the latest when a component of their kind is looked up; they return component
+classes and must not load torch or touch files. What they import inside costs nothing until then. The last four observe
+a run: whatever they raise is reported once and the run goes on.
 """
 
 from __future__ import annotations

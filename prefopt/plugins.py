@@ -7,9 +7,10 @@ configuration's `plugins: {allow: [...]}` limit which distributions may load; th
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
@@ -70,21 +71,31 @@ def allowed_from_environment() -> Collection[str] | None:
     return None if value is None else [name.strip() for name in value.split(",") if name.strip()]
 
 
-def load(allow: Collection[str] | None = None) -> Plugins:
-    """Every allowed plugin in this environment. Never raises for a plugin's fault: see `Registry.broken`."""
+def load(allow: Collection[str] | None = None, whole: bool = True) -> Plugins:
+    """Every allowed plugin in this environment. Never raises for a plugin's fault: see `Registry.broken`.
+
+    Not `whole`, components are asked for when one of their kind is first looked up, and the settings of each are
+    checked when it is: what a short command has time for.
+    """
     limits = [set(map(normalised, limit)) for limit in (allow, allowed_from_environment()) if limit is not None]
     plugins = Plugins(Registry(), _new_manager())
     for entry in sorted(entry_points(group=GROUP), key=_load_order):
-        name, version = _owner(entry)
+        name, _ = _owner(entry)
         if name != CORE and any(normalised(name) not in limit for limit in limits):
             plugins.registry.hidden.append(name)
             continue
-        try:
-            _load_one(entry, name, version, plugins)
-        except (Exception, SystemExit) as error:
-            reason = f"{type(error).__name__}: {error}"
-            plugins.registry.broken.append(BrokenPlugin(entry.name, name, version, reason))
+        with _kept_apart(plugins.registry, entry):
+            _load_one(entry, plugins, whole)
     return plugins
+
+
+@contextmanager
+def _kept_apart(registry: Registry, entry: EntryPoint) -> Iterator[None]:
+    """What fails in here is a broken plugin, and nothing else."""
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        registry.broken.append(BrokenPlugin(entry.name, *_owner(entry), f"{type(error).__name__}: {error}"))
 
 
 def _new_manager() -> pluggy.PluginManager:
@@ -105,32 +116,50 @@ def _owner(entry: EntryPoint) -> tuple[str, str]:
     return metadata["Name"], metadata["Version"]
 
 
-def _load_one(entry: EntryPoint, name: str, version: str, plugins: Plugins) -> None:
+def _load_one(entry: EntryPoint, plugins: Plugins, whole: bool) -> None:
     """Imports, checks and registers one plugin; nothing of it stays behind when a check fails."""
     module = entry.load()
     known = plugins.manager.get_name(module)
     if known is not None:
         raise ValueError(f"`{entry.value}` is loaded already, as `{known}`")
-    trial = _new_manager()
-    trial.register(module, entry.name)
-    trial.check_pending()  # a misspelt hook is an error, not silence
-    if not trial.get_hookcallers(module):
-        raise TypeError(f"`{entry.value}` implements no hook: did you forget @hookimpl?")
-    classes = [_checked(cls, hook, kind) for hook, kind in HOOKS.items() for cls in _contributed(trial, hook)]
-    for cls in classes if name != CORE else ():
-        cls.model_rebuild()  # a plugin whose settings make no sense is broken here, and not when it is used
-    plugins.manager.register(module, f"{name}:{entry.name}")
+    plugins.manager.register(module, f"{_owner(entry)[0]}:{entry.name}")
+    try:
+        hooks = _hooks(module, entry, plugins.manager)
+        classes = [cls for hook, give in hooks for cls in _checked(hook, give())] if whole else []
+        for cls in classes if _owner(entry)[0] != CORE else ():
+            cls.model_rebuild()  # a plugin whose settings make no sense is broken here, and not when it is used
+    except BaseException:
+        plugins.manager.unregister(module)
+        raise
     for cls in classes:
-        plugins.registry.add(cls, name, version)
+        plugins.registry.add(cls, *_owner(entry))
+    for hook, give in () if whole else hooks:
+        plugins.registry.later(HOOKS[hook].kind, partial(_ask, hook, give, entry, plugins.registry))
 
 
-def _contributed(manager: pluggy.PluginManager, hook: str) -> list[Any]:
-    return [cls for classes in getattr(manager.hook, hook)() for cls in classes]
+def _ask(hook: str, give: Callable[[], Any], entry: EntryPoint, registry: Registry) -> None:
+    """Asks a plugin for its components of one kind."""
+    with _kept_apart(registry, entry):
+        for cls in _checked(hook, give()):
+            registry.add(cls, *_owner(entry))
 
 
-def _checked(cls: Any, hook: str, kind: type[Component]) -> type[Component]:
-    if not (isinstance(cls, type) and issubclass(cls, kind)):
-        raise TypeError(f"{hook} must return subclasses of {kind.__name__}, got {cls!r}")
-    if not cls.name or not cls.name.replace("_", "a").replace("-", "a").isalnum():
-        raise TypeError(f"{cls.__name__}.name must be letters, digits, `_` and `-`, got {cls.name!r}")
-    return cls
+def _hooks(module: Any, entry: EntryPoint, manager: pluggy.PluginManager) -> list[tuple[str, Callable[[], Any]]]:
+    """The hooks of a plugin that contribute components."""
+    manager.check_pending()  # a misspelt hook is an error, not silence
+    callers = manager.get_hookcallers(module)
+    if not callers:
+        raise TypeError(f"`{entry.value}` implements no hook: did you forget @hookimpl?")
+    own = [(caller.name, i) for caller in callers for i in caller.get_hookimpls() if i.plugin is module]
+    return [(hook, i.function) for hook, i in own if hook in HOOKS]
+
+
+def _checked(hook: str, given: Iterable[Any]) -> list[type[Component]]:
+    """What a hook returned, if it is classes of its kind that can be named in a configuration."""
+    kind, classes = HOOKS[hook], list(given)
+    for cls in classes:
+        if not (isinstance(cls, type) and issubclass(cls, kind)):
+            raise TypeError(f"{hook} must return subclasses of {kind.__name__}, got {cls!r}")
+        if not cls.name or not cls.name.replace("_", "a").replace("-", "a").isalnum():
+            raise TypeError(f"{cls.__name__}.name must be letters, digits, `_` and `-`, got {cls.name!r}")
+    return classes

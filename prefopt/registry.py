@@ -7,7 +7,7 @@ import ast
 import inspect
 import re
 import textwrap
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -62,11 +62,17 @@ class Registry:
     broken: list[BrokenPlugin] = field(default_factory=list)
     hidden: list[str] = field(default_factory=list)
     """Distributions that an allow-list kept from loading."""
+    pending: dict[str, list[Callable[[], None]]] = field(default_factory=dict)
+    """What adds components of a kind, to be called when one is first looked up."""
+
+    def later(self, kind: str, fill: Callable[[], None]) -> None:
+        self.pending.setdefault(kind, []).append(fill)
 
     def add(self, cls: type[Component], distribution: str, version: str) -> None:
         self.entries.setdefault((cls.kind, cls.name), []).append(Entry(cls, distribution, version))
 
     def names(self, kind: str) -> list[str]:
+        self._fill(kind)
         return sorted(name for k, name in self.entries if k == kind)
 
     def all(self) -> Iterator[Entry]:
@@ -77,18 +83,23 @@ class Registry:
     def find(self, kind: str, name: str) -> Entry:
         """The one component of this kind called `name` or `distribution:name`.
 
-        Raises `ConfigError` for an unknown name, `PluginError` when a broken plugin stands behind it or two plugins
-        claim it.
+        Raises `ConfigError` for an unknown name, `PluginError` when a broken plugin stands behind it, two plugins
+        claim it, or its settings make no sense.
         """
         owner, _, plain = name.rpartition(":")
         wanted = normalised(owner)
+        self._fill(kind)
         found = [e for e in self.entries.get((kind, plain), []) if wanted in ("", normalised(e.distribution))]
         if len(found) == 1:
-            return found[0]
+            return _built(found[0])
         if found:
             claims = ", ".join(f"`{e.distribution}:{plain}`" for e in found)
             raise PluginError(f"two plugins offer {kind} `{plain}`", fix=f"Choose one: {claims}.")
         raise self._unknown(kind, plain, owner)
+
+    def _fill(self, kind: str) -> None:
+        for fill in self.pending.pop(kind, ()):
+            fill()
 
     def owner(self, cls: type[Component]) -> Entry:
         """The entry of a class that was found here, whoever else offers its name."""
@@ -107,6 +118,16 @@ class Registry:
         if self.hidden:
             fix += f" Not allowed to load: {', '.join(sorted(self.hidden))}."
         return ConfigError(f"unknown {kind} `{f'{owner}:' if owner else ''}{name}`", fix=fix)
+
+
+def _built(entry: Entry) -> Entry:
+    """The entry, its settings checked: that is put off until a class is asked for."""
+    try:
+        entry.cls.model_rebuild()
+    except Exception as error:
+        what = f"{entry.cls.kind} `{entry.cls.name}` of {entry.distribution}: {type(error).__name__}: {error}"
+        raise PluginError(what, fix="See `prefopt plugins doctor`.") from None
+    return entry
 
 
 def _may_offer(broken: BrokenPlugin, name: str) -> bool:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from prefopt import plugins
+from prefopt.errors import PluginError
 from prefopt.plugins import load
 
 
@@ -70,6 +71,18 @@ def test_nothing_of_a_half_good_plugin_stays(site, install_plugin):
     code = good("half") + "\n@hookimpl\ndef prefopt_rewards():\n    return [3]\n"
     install_plugin(site, "half", code)
     assert "half" not in load().registry.names("algorithm")
+
+
+def test_what_is_not_loaded_whole_is_asked_when_a_kind_is_looked_up(site, install_plugin):
+    hook = "asked = []\n@hookimpl\ndef prefopt_rewards():\n    asked.append(1)\n    raise RuntimeError('no scale')\n"
+    install_plugin(site, "late", good("late") + hook)
+    registry = load(whole=False).registry
+    assert registry.find("algorithm", "late").distribution == "made-late"
+    asked = sys.modules["made_late"].asked
+    assert (asked, registry.broken) == ([], [])
+    with pytest.raises(PluginError, match="RuntimeError: no scale"):
+        registry.find("reward", "late")
+    assert (registry.names("reward"), asked) == (load().registry.names("reward"), [1, 1])
 
 
 def test_a_misspelt_hook_is_named(site, install_plugin):

@@ -87,3 +87,14 @@ def test_the_string_under_a_field_is_its_documentation():
 
 def test_an_entry_says_where_its_class_stands(registry):
     assert registry.find("algorithm", "alpha").source.startswith(__file__ + ":")
+
+
+def test_settings_that_make_no_sense_are_met_when_a_component_is_asked_for():
+    class Senseless(Algorithm):
+        name = "senseless"
+        knob: NeverDefined = None  # type: ignore[name-defined]  # noqa: F821
+
+    registry = Registry()
+    registry.add(Senseless, "my-senseless", "0.1")
+    with pytest.raises(PluginError, match=r"algorithm `senseless` of my-senseless: .*NeverDefined"):
+        registry.find("algorithm", "senseless")

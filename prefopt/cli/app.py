@@ -95,7 +95,7 @@ def _read(path: Path, overrides: list[str] | None, look: bool = True) -> tuple[R
     from prefopt.preflight import check
 
     document = read_document(path, overrides or ())
-    found = load(allowed_in(document))
+    found = load(allowed_in(document), whole=False)
     config = run_from(document, found.find)
     if look:
         check(config, found.registry, where=document.where, beside=path.parent)
@@ -112,7 +112,7 @@ def _pipeline(path: Path, overrides: list[str] | None) -> tuple[list[Stage], Plu
     from prefopt.pipeline import checked
     from prefopt.plugins import load
 
-    found = load(allowed_in(document))
+    found = load(allowed_in(document), whole=False)
     return checked(document, found, path.parent), found
 
 

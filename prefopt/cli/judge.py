@@ -20,7 +20,7 @@ Say = Callable[[str], None]
 def read(path: Path, overrides: Sequence[str]) -> JudgingConfig:
     """The configuration in a file, with overrides laid over it."""
     document = read_document(path, overrides)
-    return validated(JudgingConfig, document, load(allowed_in(document)).find)
+    return validated(JudgingConfig, document, load(allowed_in(document), whole=False).find)
 
 
 def write_labels(path: Path, overrides: Sequence[str], say: Say) -> list[str]:

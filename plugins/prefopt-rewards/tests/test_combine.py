@@ -5,8 +5,7 @@ from __future__ import annotations
 from math import nan
 
 import pytest
-from prefopt_rewards import Ensemble, Weighted
-from prefopt_rewards.combine import Part
+from prefopt_rewards.combine import Ensemble, Part, Weighted
 
 from prefopt.api import Completion, ConfigError, PluginError, RewardSource, Rollout, Score
 from prefopt.config import run_from

@@ -6,9 +6,9 @@ import json
 import time
 
 import pytest
-from prefopt_rewards import ExactMatch, JSONSchema, Length, NumericAnswer, Regex, Repetition
 from prefopt_rewards.numbers import last_number
-from prefopt_rewards.verifiers import last_block
+from prefopt_rewards.shape import Length, Repetition
+from prefopt_rewards.verifiers import ExactMatch, JSONSchema, NumericAnswer, Regex, last_block
 from pydantic import ValidationError
 
 from prefopt.api import Completion, ConfigError, Rollout
