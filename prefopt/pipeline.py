@@ -6,17 +6,18 @@ import json
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from prefopt.config import Document, anchored, dump, read_document, resolved
 from prefopt.config.models import RunConfig
-from prefopt.config.stages import Stage, makes, stages_of
+from prefopt.config.stages import Config, Stage, stages_of
 from prefopt.config.yaml import parse
 from prefopt.engine.folder import digest
 from prefopt.errors import ConfigError, redact
-from prefopt.making.stage import make
+from prefopt.making.stage import WORKING, files_of, make
 from prefopt.plugins import Plugins
-from prefopt.preflight import check
+from prefopt.preflight import check, promise
+from prefopt.rows import Row
 from prefopt.session import train
 
 OTHERWISE: Final = "Choose another run.dir, or delete the folder of this stage and of those that build on it."
@@ -25,9 +26,10 @@ OTHERWISE: Final = "Choose another run.dir, or delete the folder of this stage a
 def checked(document: Document, plugins: Plugins, beside: Path | None = None) -> list[Stage]:
     """The stages, all of them checked before any is run."""
     stages = stages_of(document, plugins.find)
-    for i, stage in enumerate(stages):
-        promised = {earlier.product: makes(earlier.config) for earlier in stages[:i]}
+    promised: dict[str, type[Row] | None] = {}
+    for stage in stages:
         check(stage.config, plugins.registry, promised, stage.document.where, beside)
+        promised[stage.product] = promise(stage.config, promised)
         if _folder(stage).exists():
             _refuse_other(stage, _folder(stage))
     return stages
@@ -64,17 +66,24 @@ def _folder(stage: Stage) -> Path:
 def _refuse_other(stage: Stage, folder: Path) -> None:
     """A stage that was begun goes on as it was begun. Raises `ConfigError` when its configuration has changed."""
     kept = folder / "config.yaml"
-    if kept.exists() and read_document(kept).data != _written(stage):
+    if kept.exists() and _telling(read_document(kept).data, stage.config) != _telling(_written(stage), stage.config):
         raise ConfigError(
             f"stage `{stage.name}` was begun with another configuration",
             where=str(kept),
             fix=OTHERWISE,
         )
-    for name in () if isinstance(stage.config, RunConfig) else anchored(stage.config).files:
+    for name in () if isinstance(stage.config, RunConfig) else files_of(anchored(stage.config)):
         before = _digests(folder).get(name)
         if before is not None and before != digest(Path(name)):
             what = f"stage `{stage.name}` was begun when this file said something else"
             raise ConfigError(what, where=name, fix=OTHERWISE)
+
+
+def _telling(data: Any, config: Config) -> Any:
+    """What of a written configuration may not change on the way: how rows are worked on may."""
+    if isinstance(config, RunConfig):
+        return data
+    return {**{key: data[key] for key in data if key not in WORKING}, "run": {"seed": data["run"]["seed"]}}
 
 
 def _digests(folder: Path) -> dict[str, str]:

@@ -140,6 +140,16 @@ def _yet_to_make(data: RowsConfig, promised: Promised, wanted: type[Row]) -> boo
     return bool(kinds)
 
 
+def promise(config: RunConfig | Making, promised: Promised) -> type[Row] | None:
+    """The kind of rows that a stage, which is checked, will make; None where it trains a model."""
+    if isinstance(config, RunConfig):
+        return None
+    if not isinstance(config, LabelConfig) or config.n is not None:
+        return config.makes
+    kinds = [promised[name] for name in config.data.source.files if name in promised]
+    return kinds[0] if kinds else type(_peek(config.data, config.run.seed, "data")[0])
+
+
 def _caught(check: Callable[[], None], where: str = "") -> Iterator[PrefoptError]:
     """The error of a check; problems that do not say where are those of the section `where`."""
     try:

@@ -121,6 +121,33 @@ def test_what_is_wrong_with_rows_is_found_before_any_are_made(labelling, plugins
         checked(labelling, plugins)
 
 
+def test_how_rows_are_worked_on_may_change_on_the_way(labelling, plugins):
+    list(run_stages(checked(labelling, plugins)[:1], plugins))
+    labelling.data["stages"][0] |= {"max_missing": 0.5, "batch": 3}
+    assert checked(labelling, plugins)
+    labelling.data["stages"][0]["n"] = 3
+    with pytest.raises(ConfigError, match="stage `labels` was begun with another configuration"):
+        checked(labelling, plugins)
+
+
+@pytest.mark.parametrize("kept", ["file", "stage"])
+def test_rankings_that_are_labelled_stay_rankings(labelling, plugins, tmp_path, kept):
+    several = {"prompt": "p", "completions": ["a", "bb", "ccc"], "ranks": [0, 1, 2]}
+    two = {"prompt": "q", "completions": ["d", "ee"], "ranks": [0, 1]}
+    (tmp_path / "several.jsonl").write_text(json.dumps(several) + "\n" + json.dumps(two) + "\n")
+    labels, model = labelling.data["stages"]
+    labels |= {"n": None, "model": None, "data": {"source": "jsonl", "path": str(tmp_path / "several.jsonl")}}
+    model |= {"algorithm": {"name": "reward_model_listwise"}}
+    if kept == "stage":
+        again = {"name": "again", "kind": "label", "judge": {"name": "rule", "prefer": "shorter"}, "model": None}
+        labelling.data["stages"].insert(1, {**again, "data": {"source": "jsonl", "path": "stage:labels"}})
+        model["data"] = {"source": "jsonl", "path": "stage:again"}
+    list(run_stages(checked(labelling, plugins), plugins))
+    rows = [json.loads(line) for line in (tmp_path / "all/labels/rows.jsonl").read_text().splitlines()]
+    assert [row["scores"] for row in rows] == [[0.0, 0.5, 1.0], [0.0, 1.0]]
+    assert (tmp_path / "all/dpo/model/config.json").exists()
+
+
 def test_rows_that_a_method_cannot_learn_from_are_refused_before_they_are_made(labelling, plugins):
     stage = {"kind": "sample", "n": 1, "name": "labels"}
     labelling.data["stages"][0] = stage

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import cache
 from hashlib import sha256
@@ -15,8 +15,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from prefopt.components import Component, DataSource
-from prefopt.config.load import holds_path
-from prefopt.config.making import LabelConfig, ReviseConfig, SampleConfig
+from prefopt.config.load import named_files, parts_of
 from prefopt.data.render import find_model
 from prefopt.engine.folder import digest
 from prefopt.errors import PrefoptError
@@ -44,14 +43,13 @@ def key_of(facts: Any) -> str:
 def dependencies(config: Any, find: Find) -> dict[str, Any]:
     """Everything outside a configuration, or several, that its result depends on: the code of prefopt and of the
     packages of its components, versions of libraries, its data files, and the local models it names."""
-    parts = list(_walk(config))
+    parts = list(parts_of(config))
     components = [part for part in parts if isinstance(part, Component)]
     texts = sorted({part for part in parts if isinstance(part, str)})
     classes = [*map(type, components), *_worlds(texts, find)]
     packages = sorted({"prefopt", *(cls.__module__.partition(".")[0] for cls in classes)})
-    reading = (part for part in parts if isinstance(part, DataSource | SampleConfig | LabelConfig | ReviseConfig))
-    named = (name for part in components for name in _named(part))
-    files = sorted({*named, *(name for part in reading for name in part.files)})
+    read = (name for part in components if isinstance(part, DataSource) for name in part.files)
+    files = sorted({*named_files(config), *read})
     models = {text: folder for text in texts if (folder := _model_folder(text)) is not None}
     return {
         "code": {name: fingerprint(name) for name in packages},
@@ -61,31 +59,9 @@ def dependencies(config: Any, find: Find) -> dict[str, Any]:
     }
 
 
-def _named(part: Component) -> Iterator[str]:
-    """Files that a component's fields name. A cache changes with every run, and what is in it changes no result."""
-    for name, field in type(part).model_fields.items():
-        value = getattr(part, name)
-        if name != "cache" and holds_path(field):
-            found = value if isinstance(value, tuple) else (value,)
-            yield from (text for text in found if isinstance(text, str) and Path(text).expanduser().is_file())
-
-
 @cache
 def _versions() -> tuple[tuple[str, str], ...]:
     return tuple((name, version(name)) for name in LIBRARIES)
-
-
-def _walk(node: Any) -> Iterator[Any]:
-    """A configuration and everything in it."""
-    yield node
-    if isinstance(node, BaseModel):
-        parts: Any = (getattr(node, name) for name in type(node).model_fields)
-    elif isinstance(node, Mapping):
-        parts = node.values()
-    else:
-        parts = node if isinstance(node, list | tuple) else ()
-    for part in parts:
-        yield from _walk(part)
 
 
 def _worlds(texts: list[str], find: Find) -> Iterator[type[Component]]:

@@ -19,11 +19,12 @@ from prefopt.bench.content import Find, dependencies, key_of, plain
 from prefopt.bench.plan import Cell, Job, Plan, make_plan, model_folder, run_folder
 from prefopt.bench.report import CellResult, Failure, Report, build_report, commit_of, table, to_html
 from prefopt.config import RunConfig, SuiteConfig, allowed_plugins, load_suite
-from prefopt.config.stages import makes, product_of
+from prefopt.config.stages import product_of
 from prefopt.engine.folder import write_text
 from prefopt.errors import ResourceError, redact
 from prefopt.plugins import load
-from prefopt.preflight import check
+from prefopt.preflight import check, promise
+from prefopt.rows import Row
 
 MEASURED = ("tasks", "sampler", "prompts", "held_out")
 """The keys of a suite that say how to measure."""
@@ -41,9 +42,10 @@ def run_suite(path: Path, overrides: Sequence[str] = (), out: Path | None = None
     suite, document = load_suite(path, plugins.find, overrides)
     folder = (out or Path("runs") / f"bench-{suite.name}").resolve()
     plan = make_plan(suite, document, folder, plugins.find)
+    promised: dict[str, type[Row] | None] = {}
     for job in plan.jobs.values():
-        before = [plan.jobs[key].config for key in job.needs]
-        check(job.config, plugins.registry, {product_of(config): makes(config) for config in before})
+        check(job.config, plugins.registry, promised)
+        promised[product_of(job.config)] = promise(job.config, promised)
     _make_folders(folder)
     execution = Execution(suite, plan, folder, list(allow) if allow is not None else None, plugins.find)
     yield from execution.run()

@@ -104,12 +104,35 @@ def _anchored(field: FieldInfo, value: Any) -> Any:
         return anchored(value)
     if isinstance(value, tuple):
         return tuple(_anchored(field, item) for item in value)
-    if isinstance(value, str) and holds_path(field) and os.path.exists(value):
+    if isinstance(value, str) and _holds_path(field) and os.path.exists(value):
         return os.path.abspath(value)
     return value
 
 
-def holds_path(field: FieldInfo) -> bool:
+def parts_of(node: Any) -> Iterator[Any]:
+    """A configuration, or several, and everything in it."""
+    yield node
+    if isinstance(node, BaseModel):
+        parts: Any = (getattr(node, name) for name in type(node).model_fields)
+    elif isinstance(node, Mapping):
+        parts = node.values()
+    else:
+        parts = node if isinstance(node, list | tuple) else ()
+    for part in parts:
+        yield from parts_of(part)
+
+
+def named_files(config: Any) -> list[str]:
+    """The files that fields of a configuration name. A cache changes with every run, and what is in it changes no
+    result."""
+    sections = (part for part in parts_of(config) if isinstance(part, BaseModel))
+    fields = ((part, *item) for part in sections for item in type(part).model_fields.items())
+    values = (getattr(part, name) for part, name, field in fields if name != "cache" and _holds_path(field))
+    texts = (text for value in values for text in (value if isinstance(value, tuple) else (value,)))
+    return sorted({text for text in texts if isinstance(text, str) and Path(text).expanduser().is_file()})
+
+
+def _holds_path(field: FieldInfo) -> bool:
     """Whether a field names a file or a folder of the user's."""
     inner = (getattr(part, "__metadata__", ()) for part in get_args(field.annotation))
     return get_args(UserPath)[1] in (*field.metadata, *chain(*inner))

@@ -65,11 +65,6 @@ class SampleConfig(_Making):
         """The kind of its rows."""
         return Demonstration if self.n == 1 else Ranking
 
-    @property
-    def files(self) -> tuple[str, ...]:
-        """Local files it reads beside its data."""
-        return ()
-
 
 class LabelConfig(_Making):
     """Lets a judge compare replies."""
@@ -90,13 +85,8 @@ class LabelConfig(_Making):
 
     @property
     def makes(self) -> type[Row]:
-        """The kind of its rows."""
+        """The kind of its rows; without `n`, at least: replies that were ranked stay so."""
         return Comparison if self.n is None or self.n == 2 else Ranking
-
-    @property
-    def files(self) -> tuple[str, ...]:
-        """Local files it reads beside its data."""
-        return () if self.constitution is None else (self.constitution,)
 
 
 class ReviseConfig(_Making):
@@ -115,11 +105,6 @@ class ReviseConfig(_Making):
     """What drafts and revisions are worth is said in `result.json`. The reviser never sees it."""
 
     makes: ClassVar[type[Row]] = Demonstration
-
-    @property
-    def files(self) -> tuple[str, ...]:
-        """Local files it reads beside its data."""
-        return (self.constitution,)
 
 
 Making: TypeAlias = SampleConfig | LabelConfig | ReviseConfig

@@ -13,7 +13,7 @@ from prefopt.making.labels import Item, compared, in_drawn_order, why_not
 from prefopt.making.lines import carried
 from prefopt.making.services import MakingServices
 from prefopt.revising import PRINCIPLE, Draft, Principle, Revise, Revision, principle_of, revised
-from prefopt.rows import Rollout, Row
+from prefopt.rows import Ranking, Rollout, Row
 from prefopt.verdicts import Comparer, Verdict, added, both_orders
 
 TOO_LONG = "the prompt is too long"
@@ -96,7 +96,8 @@ class Labelling:
             row = replace(row, completions=tuple({c.text: c for c in row.completions}.values()))
             if len(row.completions) < 2:
                 return Outcome(None, ALIKE, fault=False)
-        return Item.of(self._under_one(row), self.config.pairing, ranked=(self.config.n or 0) > 2)
+        ranked = isinstance(row, Ranking) or (self.config.n or 0) > 2
+        return Item.of(self._under_one(row), self.config.pairing, ranked)
 
     def _under_one(self, row: Row) -> Row:
         """The row with the principle its replies are compared by, drawn by its place, if there are any."""

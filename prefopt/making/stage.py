@@ -11,10 +11,10 @@ from collections.abc import Sequence as List
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from prefopt.components import RewardSource
-from prefopt.config import anchored, dump, resolved
+from prefopt.config import anchored, dump, named_files, resolved
 from prefopt.config.making import Making, ReviseConfig
 from prefopt.data.check import write_rejects
 from prefopt.engine.failures import explained
@@ -37,6 +37,8 @@ from prefopt.verdicts import added
 
 WORK = "work.jsonl"
 """What each batch took, and which of its rows came to nothing."""
+WORKING: Final = {"plugins", "batch", "max_missing"}
+"""Settings that say how rows are worked on, and not what they are."""
 
 
 @dataclass(frozen=True)
@@ -182,7 +184,7 @@ class _Stage:
 
     def _describe(self) -> None:
         """`config.yaml` and `run.json`: what was asked for, and with which versions and data."""
-        now = surroundings([*self.config.data.source.files, *self.config.files])
+        now = surroundings(files_of(self.config))
         if self.folder.info.exists():
             compare(json.loads(self.folder.info.read_text("utf-8")), now, self.warn)
             return
@@ -190,8 +192,13 @@ class _Stage:
         self.folder.write(self.folder.info, now)
 
 
+def files_of(config: Making) -> list[str]:
+    """Files that its rows depend on."""
+    return sorted({*config.data.source.files, *named_files(config)})
+
+
 def _settings(config: Making) -> dict[str, Any]:
     """What makes the rows what they are."""
-    settings = config.model_dump(mode="json", exclude={"plugins", "batch", "max_missing"})
+    settings = config.model_dump(mode="json", exclude=WORKING)
     made: dict[str, Any] = redact({**settings, "run": {"seed": config.run.seed}})
     return made

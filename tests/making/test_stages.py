@@ -272,6 +272,21 @@ def test_a_sampler_runs_as_long_as_the_stage(stage, monkeypatch):
     assert events == ["x", "ended"]
 
 
+def test_recorded_verdicts_that_have_changed_since_are_not_gone_on_with(folder):
+    Path("pairs.jsonl").write_text(json.dumps({"prompt": "p", "chosen": "a", "rejected": "bbb"}) + "\n")
+    verdict = {"prompt": "p", "a": "a", "b": "bbb", "verdict": "a"}
+    Path("verdicts.jsonl").write_text(json.dumps(verdict) + "\n")
+    judge = {"name": "replay", "path": "verdicts.jsonl"}
+    one = {"name": "rows", "kind": "label", "data": {"source": "jsonl", "path": "pairs.jsonl"}, "judge": judge}
+    document = Document({"prefopt": 1, "stages": [one], "run": {"dir": "all"}})
+    plugins = load()
+    list(run_stages(checked(document, plugins), plugins))
+    assert checked(document, plugins)
+    Path("verdicts.jsonl").write_text(json.dumps({**verdict, "verdict": "b"}) + "\n")
+    with pytest.raises(ConfigError, match=r"verdicts.jsonl: stage `rows` was begun when this file"):
+        checked(document, plugins)
+
+
 def test_a_constitution_that_has_changed_since_is_not_gone_on_with(folder, tiny_model):
     one = {"name": "rows", "kind": "revise", "constitution": "constitution.yaml", "reviser": {"name": "shouter"}}
     told = {"prefopt": 1, "model": {"path": str(tiny_model)}, "sampler": sampler(), "stages": [one]}

@@ -17,6 +17,7 @@ import pytest
 import torch
 from prefopt_vllm import client, keeper
 from prefopt_vllm.sampler import VLLM
+from prefopt_vllm.weights import Weights
 from pydantic import ValidationError
 from safetensors.torch import save_file
 
@@ -101,6 +102,23 @@ def test_tokens_go_in_and_tokens_with_their_log_probabilities_come_out(stub, tmp
     assert [body["token_ids"] for body in asked] == [list(request.prompt) for request in REQUESTS]
     assert [body["sampling_params"]["seed"] for body in asked] == [11, 12, 13]
     assert {body["cache_salt"] for body in asked} == {stub.version}
+
+
+@pytest.mark.parametrize(("limit", "read"), [(None, 32), (9, 8), (100, 32)])
+def test_a_probe_and_its_one_more_token_fit_into_what_the_server_reads(limit, read):
+    ids, logps = Weights(Model(), limit).probe
+    assert (len(ids), len(logps)) == (read, read - 1)
+    np.testing.assert_allclose(logps, Model().logps(ids[:1], ids[1:]), atol=1e-6)
+
+
+def test_each_process_of_a_run_has_a_folder_of_its_own(stub, tmp_path, monkeypatch):
+    for rank, place in (("0", "vllm"), ("1", "vllm/rank-1")):
+        monkeypatch.setenv("RANK", rank)
+        with sampling(tmp_path, url=stub.url) as sampler:
+            dict(sampler.open(Model(int(rank)))(REQUESTS))
+            asked = [body for route, body in stub.bodies if route == "/collective_rpc"][-1]
+            assert Path(asked["kwargs"]["weights_path"]).parent == tmp_path / place
+        assert (tmp_path / place / "events.jsonl").exists()
 
 
 def test_every_change_of_the_weights_is_loaded_and_checked_once(stub, tmp_path):

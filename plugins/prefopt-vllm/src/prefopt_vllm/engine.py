@@ -70,7 +70,7 @@ class Engine:
     def draw(self, model: LanguageModel, requests: List[Request]) -> Iterator[tuple[int, Completion]]:
         """A completion for each request. Raises `ServiceError` when the server cannot be made to give them."""
         wanted = [(request, self.sampler.room(model, request)) for request in requests]
-        weights, left, failures = Weights(model), list(range(len(requests))), 0
+        weights, left, failures = Weights(model, self.sampler.limit), list(range(len(requests))), 0
         while left:
             found, why = self._some(weights, [wanted[i] for i in left])
             yield from ((left[k], self._completion(model, one)) for k, one in found.items())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -28,6 +29,12 @@ from prefopt_vllm.engine import Engine
 from prefopt_vllm.server import Serve
 
 Share = Annotated[float, Field(gt=0, le=1)]
+
+
+def _own_place() -> str:
+    """The folder of this process beside those of others in the run: each has a server or weights of its own."""
+    rank = os.environ.get("RANK", "0")
+    return "" if rank == "0" else f"rank-{rank}"
 
 
 class VLLM(Sampler):
@@ -100,12 +107,17 @@ class VLLM(Sampler):
         own = {name: x for name, x in filters.items() if x}
         return {"temperature": self.temperature, **own, **({"stop": list(self.stop)} if self.stop else {})}
 
+    @property
+    def limit(self) -> int | None:
+        """The most tokens that a server started here is told to read."""
+        return None if self.serve is None else self.serve.max_model_len
+
     @contextmanager
     def running(self, services: Services) -> Iterator[Sampler]:
         own = self.model_copy()
         token = "" if self.token is None else secret(self.token, "sampler: token")
         with TemporaryDirectory(prefix="prefopt-vllm-") as other:
-            folder = services.kept(self.name) or Path(other)
+            folder = (services.kept(self.name) or Path(other)) / _own_place()
             folder.mkdir(parents=True, exist_ok=True)
             own._engine = Engine(own, folder, token)
             try:
@@ -125,7 +137,7 @@ class VLLM(Sampler):
         request that asks for what this does not do."""
         if request.greedy:
             raise PluginError("sampler `vllm` draws at random alone")
-        limits = [model.positions, self.serve.max_model_len if self.serve is not None else None]
+        limits = [model.positions, self.limit]
         most = min((limit for limit in limits if limit is not None), default=None)
         left = self.max_new_tokens if most is None else min(self.max_new_tokens, most - len(request.prompt))
         if left < 1:

@@ -41,6 +41,8 @@ class Weights:
     """The weights of a model as they are now."""
 
     model: LanguageModel
+    limit: int | None = None
+    """The most tokens that the server reads, where it was told of a number."""
 
     @cached_property
     def version(self) -> str:
@@ -68,7 +70,8 @@ class Weights:
     def probe(self) -> tuple[tuple[int, ...], tuple[float, ...]]:
         """A sequence of tokens, and the log-probability of each but the first, in nats."""
         vocabulary = self._logits([0]).shape[-1]
-        ids = [STRIDE * (i + 1) % vocabulary for i in range(min(PROBE, (self.model.positions or PROBE + 1) - 1))]
+        room = min(limit for limit in (self.model.positions, self.limit, PROBE + 1) if limit is not None) - 1
+        ids = [STRIDE * (i + 1) % vocabulary for i in range(room)]
         logps = torch.log_softmax(self._logits(ids).double(), dim=-1)
         chosen = logps[:-1].gather(1, torch.tensor(ids[1:], device=logps.device)[:, None]).squeeze(1)
         return tuple(ids), tuple(chosen.tolist())
