@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 from base64 import b64encode
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
@@ -35,6 +35,14 @@ class Budget(_Typed):
     tokens_sampled: int
     seconds: float
     peak_memory_bytes: int
+    usage: dict[str, float] = {}
+    """What judges and revisers in its stages say they took: calls, tokens, cost. Tokens of a model that ran here are
+    among those above too."""
+
+    def flat(self) -> dict[str, float]:
+        """Every number by its name."""
+        own: dict[str, float] = self.model_dump(exclude={"usage"})
+        return {**own, **{f"usage/{name}": value for name, value in self.usage.items()}}
 
 
 class Sample(_Typed):
@@ -93,8 +101,9 @@ class Report(_Typed):
     failures: list[Failure] = []
 
     def comparable(self) -> dict[str, Any]:
-        """What two runs of the same suite must agree on, byte for byte: all but seconds and memory."""
-        vary = {"seconds", "peak_memory_bytes"}
+        """What two runs of the same suite must agree on, byte for byte: all but seconds, memory and what servers were
+        asked, which caches spare."""
+        vary = {"seconds", "peak_memory_bytes", "usage"}
         return self.model_dump(exclude={"cells": {"__all__": {"budget": vary}}, "summary": {"__all__": {"budget"}}})
 
 
@@ -138,14 +147,15 @@ def _groups(cells: Sequence[CellResult]) -> list[list[CellResult]]:
 def _summary(cells: Sequence[CellResult]) -> Summary:
     first = cells[0]
     names = dict.fromkeys(name for cell in cells for name in cell.metrics)
-    budgets = [cell.budget.model_dump() for cell in cells]
+    budgets = [cell.budget.flat() for cell in cells]
+    costs = dict.fromkeys(name for budget in budgets for name in budget)
     return Summary(
         algorithm=first.algorithm,
         label=first.label,
         settings=first.settings,
         n=len(cells),
         metrics={name: _interval(name, cells) for name in names},
-        budget={name: sum(b[name] for b in budgets) / len(budgets) for name in budgets[0]},
+        budget={name: sum(b.get(name, 0.0) for b in budgets) / len(budgets) for name in costs},
     )
 
 
@@ -208,7 +218,16 @@ def notes(report: Report) -> list[str]:
     lines = [f"{spread}; win rate and KL are against `{baseline}`, whose own cost is not counted; length in tokens."]
     if any(method.get("best_of") for method in report.configuration["methods"]):
         lines.append("KL of best-of-n is the upper bound log n - (n - 1)/n; it samples n replies for each answer.")
-    return lines
+    return [*lines, *_asked(report)]
+
+
+def _asked(report: Report) -> Iterator[str]:
+    """What judges and revisers took, a line for each method that has any."""
+    for summary in report.summary:
+        usage = {n.removeprefix("usage/"): x for n, x in summary.budget.items() if n.startswith("usage/")}
+        if usage:
+            told = ", ".join(f"{name} {value:,.6g}" for name, value in usage.items())
+            yield f"{name_of(summary)}: judges and revisers report {told} per seed."
 
 
 # --- as a page -------------------------------------------------------------------------------------------------------

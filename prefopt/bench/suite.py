@@ -25,6 +25,7 @@ from prefopt.errors import ResourceError, redact
 from prefopt.plugins import load
 from prefopt.preflight import check, promise
 from prefopt.rows import Row
+from prefopt.verdicts import added
 
 MEASURED = ("tasks", "sampler", "prompts", "held_out")
 """The keys of a suite that say how to measure."""
@@ -202,7 +203,8 @@ class Execution:
 
     def _result(self, cell: Cell, answer: Mapping[str, Any]) -> CellResult:
         counted = [run_folder(self.out, key) for key in self.plan.counted(cell)]
-        budgets = [json.loads((folder / "result.json").read_text("utf-8"))["budget"] for folder in counted]
+        results = [json.loads((folder / "result.json").read_text("utf-8")) for folder in counted]
+        budgets = [result["budget"] for result in results]
         used = [line for folder in counted for line in _lines(folder / "timings.jsonl") if "total_seconds" in line]
         answering = answer["answering"]
         info = json.loads((run_folder(self.out, cell.job) / "run.json").read_text("utf-8"))
@@ -219,6 +221,7 @@ class Execution:
                     "tokens_sampled": sum(b["sampled"] for b in budgets) + answering["sampled"],
                     "seconds": sum(line["total_seconds"] for line in used) + answering["seconds"],
                     "peak_memory_bytes": max(line["peak_memory_bytes"] for line in [*used, answering]),
+                    "usage": added([result.get("usage", {}) for result in results]),
                 },
                 "versions": {**info["versions"], info["algorithm"]["distribution"]: info["algorithm"]["version"]},
                 "commit": answer["commit"],

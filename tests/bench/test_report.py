@@ -16,9 +16,11 @@ from prefopt.bench.report import (
     Sample,
     Summary,
     _side_by_side,
+    _summary,
     build_report,
     commit_of,
     name_of,
+    notes,
     printable,
     shown,
     table,
@@ -53,6 +55,18 @@ methods: [{{label: DPO}}]
 tasks: [{{name: length}}]
 held_out: {{source: replies}}
 """
+
+
+def test_what_judges_took_is_told_beside_tokens_and_summed_over_seeds():
+    usage = ({"calls": 300.0, "cost": 0.5}, {"calls": 100.0}, {})
+    cells = [
+        cell.model_copy(update={"budget": cell.budget.model_copy(update={"usage": found})})
+        for cell, found in zip(report().cells, usage, strict=True)
+    ]
+    told = report().model_copy(update={"cells": cells, "summary": [_summary(cells)]})
+    assert (told.summary[0].budget["usage/calls"], told.summary[0].budget["usage/cost"]) == (400 / 3, 0.5 / 3)
+    assert notes(told)[-1] == "DPO: judges and revisers report calls 133.333, cost 0.166667 per seed."
+    assert told.comparable()["cells"] == report().comparable()["cells"]
 
 
 def interval(mean: float) -> Interval:
