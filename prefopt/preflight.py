@@ -103,13 +103,20 @@ def _making_errors(
 ) -> Iterator[PrefoptError]:
     if not isinstance(config, LabelConfig) or config.n is not None:
         yield from _caught(partial(_check_drawing, config, registry, promised, beside))
-    wanted = Comparison if isinstance(config, LabelConfig) and config.n is None else Prompt
+    wanted = _brought(config)
     yield from _caught(partial(_first_as, config.data, "data", config.run.seed, promised, wanted), "data")
     if not isinstance(config, SampleConfig) and config.constitution is not None:
         yield from _caught(partial(_check_constitution, config.constitution, isinstance(config, LabelConfig)))
         if isinstance(config, LabelConfig) and not config.judge.reads_principles:
             what = f"judge `{config.judge.name}` does not read principles: it would judge as if there were none"
             yield ConfigError(what, where="judge", fix="Leave `constitution` out, or choose a judge that reads them.")
+
+
+def _brought(config: Making) -> type[Row]:
+    """What the rows of a stage have to bring."""
+    if isinstance(config, SampleConfig) and config.self_play:
+        return Demonstration
+    return Comparison if isinstance(config, LabelConfig) and config.n is None else Prompt
 
 
 def _check_constitution(path: str, compare: bool) -> None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, ClassVar, Final, Literal, TypeAlias
+from typing import Annotated, ClassVar, Final, Literal, Self, TypeAlias
 
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from prefopt.components import Judge, RewardSource, Sampler, UserPath
 from prefopt.config.models import ModelConfig, PluginsConfig, RowsConfig, RunDir, Section
@@ -59,10 +59,21 @@ class SampleConfig(_Making):
     """The model that replies."""
     n: PositiveInt = 1
     """Replies for each prompt. One is a demonstration; several are candidates, all of the same rank."""
+    self_play: bool = False
+    """Whether the one reply drawn is written as worse than the row's own, which is what SPIN learns from (Chen et al.
+    2024, arXiv:2401.01335, algorithm 1)."""
+
+    @model_validator(mode="after")
+    def _one_against_one(self) -> Self:
+        if self.self_play and self.n != 1:
+            raise ValueError("`self_play` sets one reply against the row's own: leave `n` out")
+        return self
 
     @property
     def makes(self) -> type[Row]:
         """The kind of its rows."""
+        if self.self_play:
+            return Comparison
         return Demonstration if self.n == 1 else Ranking
 
 

@@ -9,15 +9,17 @@ from typing import Any
 
 from prefopt.config.constitution import read_constitution
 from prefopt.config.making import LabelConfig, Making, ReviseConfig, SampleConfig
+from prefopt.data.adapt import adapt
 from prefopt.making.labels import Item, compared, in_drawn_order, why_not
-from prefopt.making.lines import carried
+from prefopt.making.lines import carried, replies_of
 from prefopt.making.services import MakingServices
 from prefopt.revising import PRINCIPLE, Draft, Principle, Revise, Revision, principle_of, revised
-from prefopt.rows import Ranking, Rollout, Row
+from prefopt.rows import Demonstration, Ranking, Rollout, Row
 from prefopt.verdicts import Comparer, Verdict, added, both_orders
 
 TOO_LONG = "the prompt is too long"
-ALIKE = "all replies drawn are the same"
+ALIKE = "all replies are the same"
+NONE_OF_ITS_OWN = "the row has no reply that is good"
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,8 @@ class Kind:
 def kind_of(config: Making, services: MakingServices) -> Kind:
     """What a configuration asks for, ready to work."""
     if isinstance(config, SampleConfig):
-        return Kind("drawn", lambda rows: [_candidates(r) for r in services.draw(rows, config.n)])
+        make = _against_own if config.self_play else _candidates
+        return Kind("drawn", lambda rows: list(map(make, services.draw(rows, config.n), rows)))
     if isinstance(config, LabelConfig):
         return Kind("judged", Labelling.of(config, services))
     return Kind("revised", Revising.of(config, services))
@@ -54,7 +57,7 @@ def kind_of(config: Making, services: MakingServices) -> Kind:
 # --- sample ---------------------------------------------------------------------------------------------------------
 
 
-def _candidates(rollout: Rollout | None) -> Outcome:
+def _candidates(rollout: Rollout | None, row: Row) -> Outcome:
     """A demonstration, or several replies of which none is called better."""
     if rollout is None:
         return Outcome(None, TOO_LONG, fault=False)
@@ -62,6 +65,17 @@ def _candidates(rollout: Rollout | None) -> Outcome:
     if len(texts) == 1:
         return Outcome({**carried(rollout), "completion": texts[0]})
     return Outcome({**carried(rollout), "completions": texts, "ranks": [0] * len(texts)})
+
+
+def _against_own(rollout: Rollout | None, row: Row) -> Outcome:
+    """A comparison of the row's own reply with the one drawn, which is worse."""
+    if rollout is None:
+        return Outcome(None, TOO_LONG, fault=False)
+    own = [reply.text for one in adapt([row], Demonstration) for reply in replies_of(one)]
+    drawn = rollout.completions[0].text
+    if not own or own[0] == drawn:
+        return Outcome(None, ALIKE if own else NONE_OF_ITS_OWN, fault=False)
+    return Outcome({**carried(rollout), "chosen": own[0], "rejected": drawn})
 
 
 # --- label ----------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from typing import Any
 
 from prefopt.data.formats import FORMATS
 from prefopt.errors import ConfigError
-from prefopt.rows import Comparison, Completion, Ranking, Rollout, Row, Text
+from prefopt.rows import Comparison, Completion, Demonstration, Judgement, Ranking, Rollout, Row, Text
 
 TELLING = frozenset({"drawn", "judged", "revised", "ranks", "scores", "votes"}).union(*(f.needs for f in FORMATS))
 
@@ -72,7 +72,9 @@ def key_of(row: Row) -> str:
 
 
 def replies_of(row: Row) -> tuple[Completion, ...]:
-    """The replies of a row that holds several."""
+    """The replies that a row holds."""
+    if isinstance(row, Demonstration | Judgement):
+        return (row.completion,)
     if isinstance(row, Comparison):
         return (row.chosen, row.rejected)
     return row.completions if isinstance(row, Ranking | Rollout) else ()

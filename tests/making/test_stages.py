@@ -10,7 +10,7 @@ import pytest
 import torch
 from scipy.stats import ttest_1samp
 
-from prefopt.api import ConfigError, Prompt, ServiceError
+from prefopt.api import ConfigError, DataError, Prompt, ServiceError
 from prefopt.config.stages import stage_from
 from prefopt.config.yaml import Document
 from prefopt.data.render import Renderer, load_tokenizer
@@ -21,7 +21,7 @@ from prefopt.making.labels import Item
 from prefopt.making.stage import make
 from prefopt.pipeline import checked, run_stages
 from prefopt.plugins import load
-from prefopt.rows import Completion, Demonstration, Rollout
+from prefopt.rows import Comparison, Completion, Demonstration, Rollout
 from prefopt.verdicts import Verdict
 
 OWN = '''
@@ -138,6 +138,26 @@ def test_replies_are_drawn_and_their_tokens_counted(stage, tiny_model):
     assert result["budget"] == {"backward": 0, "forward": 0, "sampled": tokens}
     _, single, _ = stage("sample", name="one", n=1, batch=5)
     assert [row["completion"] for row in single] == [group.completions[0].text for group in groups]
+
+
+def test_self_play_sets_a_draw_against_the_row_s_own_reply(stage, tiny_model):
+    replies = [c.text for group in drawn(tiny_model, 1) for c in group.completions]
+    own = [reply if i == 3 else f"own {i}" for i, reply in enumerate(replies)]
+    given = [{"prompt": PROMPTS[i], "completion": own[i], "topic": i} for i in range(len(PROMPTS))]
+    Path("own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in given))
+    made, rows, _ = stage("sample", data={"source": "jsonl", "path": "own.jsonl"}, self_play=True)
+    told = [(row["prompt"], row["chosen"], row["rejected"], row["topic"]) for row in rows]
+    kept = [i for i in range(len(PROMPTS)) if i != 3]
+    assert told == [(PROMPTS[i], own[i], replies[i], i) for i in kept]
+    assert dict(made.missing) == {"all replies are the same": 1}
+    assert type(load().find("data source", "jsonl")(path=str(made.path)).rows()[0]) is Comparison
+
+
+def test_self_play_needs_demonstrations_and_one_draw(stage):
+    with pytest.raises(DataError, match="a prompt cannot become a demonstration"):
+        stage("sample", self_play=True)
+    with pytest.raises(ConfigError, match="leave `n` out"):
+        stage("sample", self_play=True, n=2)
 
 
 def test_a_judge_labels_drawn_pairs(stage, tiny_model):
