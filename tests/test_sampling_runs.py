@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
@@ -127,6 +128,35 @@ class Held(Plain):
         return super().open(model, other, mix)
 
 
+class Met:
+    """A reward and a sampler that wait for each other: neither comes to an end before the other is at work."""
+
+    scoring, drawn = threading.Event(), threading.Event()
+
+    class Reward(Digits):
+        name = "toy_met"
+
+        def score(self, groups):
+            Met.scoring.set()
+            assert Met.drawn.wait(60), "nothing is drawn while this is scored"
+            return super().score(groups)
+
+    class Drawing(Plain):
+        name = "toy_met"
+
+        def open(self, model, other=None, mix=0.0):
+            drawer = super().open(model, other, mix)
+
+            def drawn(requests):
+                for i, found in enumerate(drawer(requests)):
+                    if i == len(requests) - 1:
+                        assert Met.scoring.wait(60), "nothing is scored while this is drawn"
+                        Met.drawn.set()
+                    yield found
+
+            return drawn
+
+
 SECTIONS = {
     "algorithm": {"name": "toy_reinforce"},
     "reward": {"name": "toy_digits"},
@@ -220,6 +250,40 @@ def test_asking_again_is_counted_and_then_ends_the_run(tiny_model, tmp_path, fou
     with pytest.raises(ServiceError, match="could not be scored 3 times"):
         run(tiny_model, tmp_path / "run", found, run={"steps": 3}, **sections)
     assert Digits.calls[-3:] == [8, 1, 1]  # the whole step, then the group alone
+
+
+@pytest.mark.parametrize("algorithm", ["toy_reinforce", "toy_greedy"])
+def test_rewards_may_be_asked_for_while_others_are_drawn_with_the_same_result(tiny_model, tmp_path, found, algorithm):
+    sections = {"algorithm": {"name": algorithm}, "run": {"steps": 2}, "rollout": {"on_missing": "drop_sample"}}
+    sections["reward"] = {"name": "toy_digits", "broken": [5, 9, 11]}
+    whole = run(tiny_model, tmp_path / "whole", found, **sections)
+    sections["rollout"]["overlap"] = 3
+    parts = run(tiny_model, tmp_path / "parts", found, **sections)
+    assert Digits.calls == [8, 8, 3, 3, 2, 3, 3, 2]
+    for name in ("metrics.jsonl", "rollouts.parquet", "model/model.safetensors"):
+        assert (whole.folder / name).read_bytes() == (parts.folder / name).read_bytes()
+
+
+def test_a_reward_is_at_work_while_replies_are_drawn(tiny_model, tmp_path, found):
+    found.registry.add(Met.Reward, "test", "0")
+    found.registry.add(Met.Drawing, "test", "0")
+    sampler = {"name": "toy_met", "max_new_tokens": 6}
+    run(
+        tiny_model,
+        tmp_path,
+        found,
+        reward={"name": "toy_met"},
+        sampler=sampler,
+        run={"steps": 1},
+        rollout={"overlap": 2},
+    )
+    assert Digits.calls == [2, 2, 2, 2]
+
+
+def test_what_cannot_be_scored_while_others_are_drawn_ends_the_run_all_the_same(tiny_model, tmp_path, found):
+    sections = {"reward": {"name": "toy_digits", "broken": [5]}, "rollout": {"overlap": 2}}
+    with pytest.raises(ServiceError, match=r"step [123], row 5: reply 2 of 4 could not be scored"):
+        run(tiny_model, tmp_path / "run", found, **sections)
 
 
 def test_groups_that_are_not_kept_are_replaced_by_other_prompts(tiny_model, tmp_path, found):

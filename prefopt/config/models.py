@@ -223,6 +223,9 @@ class RolloutConfig(Section):
     leave out all replies to its prompt. What is left out is counted as `reward/missing`."""
     retries: PositiveInt = 3
     """How often `retry` asks again."""
+    overlap: PositiveInt | None = None
+    """Prompts whose replies are scored together while those to others are still drawn: for rewards that are waited for.
+    Default: all at once, when everything is drawn."""
     redraws: NonNegativeInt = 3
     """How often prompts whose replies the method does not keep are replaced by others in the same step."""
 

@@ -6,7 +6,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as List
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from statistics import fmean
 from typing import Any
 
@@ -88,25 +90,48 @@ class Collector:
     def _scored(self, step: int, index: List[int]) -> list[Scored]:
         """The groups of these rows in their order, drawn and scored by all ranks together."""
         places = range(self.ranks.rank, len(index), self.ranks.world)
-        drawn = self._drawn(step, [(place, self._row(index[place])) for place in places])
-        groups = [group for _, group in drawn]
-        scores = self._scores(groups)
-        mine = [(place, group, own) for (place, group), own in zip(drawn, scores, strict=True)]
+        opened = self._opened_rows([(place, self._row(index[place])) for place in places])
+        groups = self._drawn(step, [(row, ids) for _, row, ids in opened])
+        scored = self._scored_at_once(list(groups)) if self.settings.overlap is None else self._overlapping(groups)
+        mine = [(place, *one) for (place, _, _), one in zip(opened, scored, strict=True)]
         return [(group, own) for _, group, own in sorted(self.ranks.gather(mine), key=lambda item: item[0])]
 
-    def _drawn(self, step: int, rows: List[tuple[int, Row]]) -> list[tuple[int, Rollout]]:
-        opened = [(place, row, ids) for place, row in rows if (ids := self.renderer.opening(row.prompt)) is not None]
-        replies: list[list[Completion]] = [[] for _ in opened]
-        for number, draw in enumerate(self.draws):
-            keys = [
-                derive(self.seed, "rollout", step, number, row.index, k) for _, row, _ in opened for k in range(draw.n)
-            ]
-            prompts = [ids for _, _, ids in opened for _ in range(draw.n)]
-            found = dict(self._open(draw)([Request(p, key, draw.greedy) for p, key in zip(prompts, keys, strict=True)]))
-            for i, own in enumerate(replies):
-                own += [replace(found[i * draw.n + k], source=draw.source) for k in range(draw.n)]
+    def _scored_at_once(self, groups: List[Rollout]) -> list[Scored]:
+        return list(zip(groups, self._scores(groups), strict=True))
+
+    def _overlapping(self, groups: Iterator[Rollout]) -> list[Scored]:
+        """Some are scored while others are drawn: `overlap` at a time in the order of the rows, so that it depends on
+        nobody's pace which are scored together."""
+        with ThreadPoolExecutor(1) as pool:
+            asked = []
+            while some := list(islice(groups, self.settings.overlap)):
+                asked.append(pool.submit(self._scored_at_once, some))
+            return [scored for one in asked for scored in one.result()]
+
+    def _opened_rows(self, rows: List[tuple[int, Row]]) -> list[tuple[int, Row, tuple[int, ...]]]:
+        """Those whose prompts fit, with their tokens."""
+        return [(place, row, ids) for place, row in rows if (ids := self.renderer.opening(row.prompt)) is not None]
+
+    def _drawn(self, step: int, opened: List[tuple[Row, tuple[int, ...]]]) -> Iterator[Rollout]:
+        """The group of each row, in their order, as soon as it is whole."""
         roles = tuple(draw.role for draw in self.draws for _ in range(draw.n))
-        return [(place, _group(row, own, roles)) for (place, row, _), own in zip(opened, replies, strict=True)]
+        replies: list[dict[int, Completion]] = [{} for _ in opened]
+        ready, before = 0, 0
+        for number, draw in enumerate(self.draws):
+            for at, completion in self._open(draw)(self._requests(step, number, draw, opened)):
+                i, k = divmod(at, draw.n)
+                replies[i][before + k] = replace(completion, source=draw.source)
+                while ready < len(opened) and len(replies[ready]) == len(roles):
+                    yield _group(opened[ready][0], [replies[ready][j] for j in range(len(roles))], roles)
+                    ready += 1
+            before += draw.n
+
+    def _requests(self, step: int, number: int, draw: Draw, opened: List[tuple[Row, tuple[int, ...]]]) -> list[Request]:
+        return [
+            Request(ids, derive(self.seed, "rollout", step, number, row.index, k), draw.greedy)
+            for row, ids in opened
+            for k in range(draw.n)
+        ]
 
     def _open(self, draw: Draw) -> Drawer:
         if draw not in self._opened:
