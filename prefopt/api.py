@@ -20,6 +20,7 @@ from prefopt.components import (
     Subject,
     Task,
     TextModel,
+    ToolPath,
     UserPath,
     World,
 )
@@ -113,6 +114,7 @@ __all__ = [
     "Text",
     "TextModel",
     "TokenName",
+    "ToolPath",
     "UserPath",
     "Verdict",
     "World",

@@ -14,7 +14,7 @@ from collections.abc import Sequence as List
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final, Protocol, get_args, get_origin
 
 from pydantic import (
     AfterValidator,
@@ -56,8 +56,16 @@ def expanded(path: str) -> str:
     return os.path.expanduser(path)
 
 
+class _NoPart:
+    """Marks a path whose content no result depends on."""
+
+
 UserPath = Annotated[str, AfterValidator(expanded)]
-"""A path as a user writes it. It is stored without `~`, and a run folder keeps it as an absolute path."""
+"""A path as a user writes it. It is stored without `~`, and a run folder keeps it as an absolute path. What results are
+made of includes the file that it names."""
+NO_PART: Final = _NoPart()
+ToolPath = Annotated[UserPath, NO_PART]
+"""The same for a file whose content changes no result: a cache, a program."""
 
 
 def _resolve(cls: type[Component], value: Any, info: ValidationInfo) -> Component:
@@ -110,6 +118,12 @@ class Component(BaseModel):
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
         if not cls.name:
             _read_annotations(cls)
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The local files it reads, beside those that fields of type `UserPath` name: their hashes are recorded with
+        what is made of them."""
+        return ()
 
     @classmethod
     def summary(cls) -> str:
@@ -352,11 +366,6 @@ class DataSource(Component):
     def peek(self, services: Services) -> List[Row]:
         """A few rows, quickly and without a model, for `prefopt validate`. Default: all of them."""
         return self.open(services)
-
-    @property
-    def files(self) -> tuple[str, ...]:
-        """The local files it reads: their hashes are recorded with the run."""
-        return ()
 
 
 class Sampler(Component):

@@ -8,13 +8,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-from prefopt.config import Document, anchored, dump, read_document, resolved
+from prefopt.config import Document, anchored, dump, named_files, read_document, resolved
 from prefopt.config.models import RunConfig
 from prefopt.config.stages import Config, Stage, stages_of
 from prefopt.config.yaml import parse
 from prefopt.engine.folder import digest
 from prefopt.errors import ConfigError, redact
-from prefopt.making.stage import WORKING, files_of, make
+from prefopt.making.stage import WORKING, make
 from prefopt.plugins import Plugins
 from prefopt.preflight import check, promise
 from prefopt.rows import Row
@@ -72,10 +72,10 @@ def _refuse_other(stage: Stage, folder: Path) -> None:
             where=str(kept),
             fix=OTHERWISE,
         )
-    for name in () if isinstance(stage.config, RunConfig) else files_of(anchored(stage.config)):
+    for name in () if isinstance(stage.config, RunConfig) else named_files(anchored(stage.config)):
         before = _digests(folder).get(name)
-        if before is not None and before != digest(Path(name)):
-            what = f"stage `{stage.name}` was begun when this file said something else"
+        if before is not None and (not Path(name).is_file() or before != digest(Path(name))):
+            what = f"stage `{stage.name}` was begun when this file was there and said something else"
             raise ConfigError(what, where=name, fix=OTHERWISE)
 
 

@@ -75,7 +75,8 @@ def load(allow: Collection[str] | None = None, whole: bool = True) -> Plugins:
     """Every allowed plugin in this environment. Never raises for a plugin's fault: see `Registry.broken`.
 
     Not `whole`, components are asked for when one of their kind is first looked up, and the settings of each are
-    checked when it is: what a short command has time for.
+    checked when it is: what a short command has time for. A plugin of which one hook fails is then without that kind
+    alone.
     """
     limits = [set(map(normalised, limit)) for limit in (allow, allowed_from_environment()) if limit is not None]
     plugins = Plugins(Registry(), _new_manager())
@@ -122,14 +123,15 @@ def _load_one(entry: EntryPoint, plugins: Plugins, whole: bool) -> None:
     known = plugins.manager.get_name(module)
     if known is not None:
         raise ValueError(f"`{entry.value}` is loaded already, as `{known}`")
-    plugins.manager.register(module, f"{_owner(entry)[0]}:{entry.name}")
     try:
+        plugins.manager.register(module, f"{_owner(entry)[0]}:{entry.name}")
         hooks = _hooks(module, entry, plugins.manager)
         classes = [cls for hook, give in hooks for cls in _checked(hook, give())] if whole else []
         for cls in classes if _owner(entry)[0] != CORE else ():
             cls.model_rebuild()  # a plugin whose settings make no sense is broken here, and not when it is used
     except BaseException:
-        plugins.manager.unregister(module)
+        if plugins.manager.is_registered(module):
+            plugins.manager.unregister(module)
         raise
     for cls in classes:
         plugins.registry.add(cls, *_owner(entry))
@@ -154,9 +156,9 @@ def _hooks(module: Any, entry: EntryPoint, manager: pluggy.PluginManager) -> lis
     return [(hook, i.function) for hook, i in own if hook in HOOKS]
 
 
-def _checked(hook: str, given: Iterable[Any]) -> list[type[Component]]:
+def _checked(hook: str, given: Iterable[Any] | None) -> list[type[Component]]:
     """What a hook returned, if it is classes of its kind that can be named in a configuration."""
-    kind, classes = HOOKS[hook], list(given)
+    kind, classes = HOOKS[hook], list(given or ())
     for cls in classes:
         if not (isinstance(cls, type) and issubclass(cls, kind)):
             raise TypeError(f"{hook} must return subclasses of {kind.__name__}, got {cls!r}")

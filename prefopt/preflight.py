@@ -25,7 +25,7 @@ from prefopt.data.source import verdict
 from prefopt.data.streams import generator
 from prefopt.errors import ConfigError, DataError, PluginError, PrefoptError, Problem
 from prefopt.registry import Registry
-from prefopt.rows import Comparison, Demonstration, Prompt, Row
+from prefopt.rows import Comparison, Demonstration, Prompt, Ranking, Row
 
 if TYPE_CHECKING:
     import numpy as np
@@ -154,7 +154,10 @@ def promise(config: RunConfig | Making, promised: Promised) -> type[Row] | None:
     if not isinstance(config, LabelConfig) or config.n is not None:
         return config.makes
     kinds = [promised[name] for name in config.data.source.files if name in promised]
-    return kinds[0] if kinds else type(_peek(config.data, config.run.seed, "data")[0])
+    if kinds:
+        return kinds[0]
+    first = _peek(config.data, config.run.seed, "data")
+    return Ranking if any(isinstance(row, Ranking) and len(row.completions) > 2 for row in first) else Comparison
 
 
 def _caught(check: Callable[[], None], where: str = "") -> Iterator[PrefoptError]:

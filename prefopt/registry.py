@@ -114,7 +114,8 @@ class Registry:
         known = [f"{owner}:{name}" if owner else name for name in self.names(kind)]
         fix = did_you_mean(name, self.names(kind) if not owner else known)
         if self.broken:
-            fix += " Not loaded: " + "; ".join(b.distribution for b in self.broken) + " (`prefopt plugins doctor`)."
+            broken = dict.fromkeys(b.distribution for b in self.broken)
+            fix += f" Not loaded: {'; '.join(broken)} (`prefopt plugins doctor`)."
         if self.hidden:
             fix += f" Not allowed to load: {', '.join(sorted(self.hidden))}."
         return ConfigError(f"unknown {kind} `{f'{owner}:' if owner else ''}{name}`", fix=fix)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from shutil import rmtree
 
 import pytest
 
@@ -127,6 +128,16 @@ def test_how_rows_are_worked_on_may_change_on_the_way(labelling, plugins):
     assert checked(labelling, plugins)
     labelling.data["stages"][0]["n"] = 3
     with pytest.raises(ConfigError, match="stage `labels` was begun with another configuration"):
+        checked(labelling, plugins)
+
+
+def test_rows_that_are_gone_are_an_error_with_a_place(labelling, plugins, tmp_path):
+    again = {"name": "again", "kind": "label", "judge": {"name": "rule", "prefer": "shorter"}, "model": None}
+    again |= {"n": None, "data": {"source": "jsonl", "path": "stage:labels"}}
+    labelling.data["stages"].insert(1, again)
+    list(run_stages(checked(labelling, plugins)[:2], plugins))
+    rmtree(tmp_path / "all/labels")
+    with pytest.raises(ConfigError, match=r"labels/rows.jsonl: stage `again` was begun when this file was there"):
         checked(labelling, plugins)
 
 

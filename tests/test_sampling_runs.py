@@ -280,6 +280,35 @@ def test_a_reward_is_at_work_while_replies_are_drawn(tiny_model, tmp_path, found
     assert Digits.calls == [2, 2, 2, 2]
 
 
+def test_a_reward_that_fails_ends_the_drawing_and_nothing_more_is_asked(tiny_model, tmp_path, found, monkeypatch):
+    drawn, failed = [], threading.Event()
+
+    def score(self, groups):
+        Digits.calls.append(len(groups))
+        failed.set()
+        raise ServiceError("the scale is gone")
+
+    class Counting(Plain):
+        name = "toy_counting"
+
+        def open(self, model, other=None, mix=0.0):
+            for_each = super().open(model, other, mix)
+
+            def drawer(requests):
+                for i, one in enumerate(for_each(requests)):
+                    drawn.append(i)
+                    assert i < 8 or failed.wait(60)
+                    yield one
+
+            return drawer
+
+    monkeypatch.setattr(Digits, "score", score)
+    found.registry.add(Counting, "test", "0")
+    with pytest.raises(ServiceError, match="the scale is gone"):
+        run(tiny_model, tmp_path, found, sampler={"name": "toy_counting", "max_new_tokens": 6}, rollout={"overlap": 2})
+    assert len(Digits.calls) == 1
+
+
 def test_what_cannot_be_scored_while_others_are_drawn_ends_the_run_all_the_same(tiny_model, tmp_path, found):
     sections = {"reward": {"name": "toy_digits", "broken": [5]}, "rollout": {"overlap": 2}}
     with pytest.raises(ServiceError, match=r"step [123], row 5: reply 2 of 4 could not be scored"):

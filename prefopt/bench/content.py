@@ -14,7 +14,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from prefopt.components import Component, DataSource
+from prefopt.components import Component
 from prefopt.config.load import named_files, parts_of
 from prefopt.data.render import find_model
 from prefopt.engine.folder import digest
@@ -48,8 +48,7 @@ def dependencies(config: Any, find: Find) -> dict[str, Any]:
     texts = sorted({part for part in parts if isinstance(part, str)})
     classes = [*map(type, components), *_worlds(texts, find)]
     packages = sorted({"prefopt", *(cls.__module__.partition(".")[0] for cls in classes)})
-    read = (name for part in components if isinstance(part, DataSource) for name in part.files)
-    files = sorted({*named_files(config), *read})
+    files = named_files(config)
     models = {text: folder for text in texts if (folder := _model_folder(text)) is not None}
     return {
         "code": {name: fingerprint(name) for name in packages},

@@ -18,7 +18,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
-from prefopt.components import Component, DataSource, UserPath
+from prefopt.components import NO_PART, Component, DataSource, UserPath
 from prefopt.config.making import MAKING
 from prefopt.config.models import DataConfig, MixConfig, RowsConfig, RunConfig, Section, SuiteConfig
 from prefopt.config.yaml import Document, Keys, apply_overrides, read
@@ -29,6 +29,7 @@ Find = Callable[[str, str], type[Component]]
 M = TypeVar("M", bound=Section)
 B = TypeVar("B", bound=BaseModel)
 E = TypeVar("E", bound=PrefoptError)
+IS_PATH: Final = get_args(UserPath)[1]
 
 ELSEWHERE: Final = {
     "learning_rate": "lr",
@@ -104,7 +105,7 @@ def _anchored(field: FieldInfo, value: Any) -> Any:
         return anchored(value)
     if isinstance(value, tuple):
         return tuple(_anchored(field, item) for item in value)
-    if isinstance(value, str) and _holds_path(field) and os.path.exists(value):
+    if isinstance(value, str) and IS_PATH in _marks(field) and os.path.exists(value):
         return os.path.abspath(value)
     return value
 
@@ -123,19 +124,21 @@ def parts_of(node: Any) -> Iterator[Any]:
 
 
 def named_files(config: Any) -> list[str]:
-    """The files that fields of a configuration name. A cache changes with every run, and what is in it changes no
-    result."""
-    sections = (part for part in parts_of(config) if isinstance(part, BaseModel))
+    """The files that results depend on: those that fields of a configuration name, and what components say they
+    read."""
+    sections = [part for part in parts_of(config) if isinstance(part, BaseModel)]
     fields = ((part, *item) for part in sections for item in type(part).model_fields.items())
-    values = (getattr(part, name) for part, name, field in fields if name != "cache" and _holds_path(field))
+    paths = ((getattr(part, name), _marks(field)) for part, name, field in fields)
+    values = (value for value, marks in paths if IS_PATH in marks and NO_PART not in marks)
     texts = (text for value in values for text in (value if isinstance(value, tuple) else (value,)))
-    return sorted({text for text in texts if isinstance(text, str) and Path(text).expanduser().is_file()})
+    named = {text for text in texts if isinstance(text, str) and Path(text).expanduser().is_file()}
+    return sorted(named.union(*(part.files for part in sections if isinstance(part, Component))))
 
 
-def _holds_path(field: FieldInfo) -> bool:
-    """Whether a field names a file or a folder of the user's."""
+def _marks(field: FieldInfo) -> tuple[Any, ...]:
+    """What is noted beside the type of a field, or beside one of its alternatives."""
     inner = (getattr(part, "__metadata__", ()) for part in get_args(field.annotation))
-    return get_args(UserPath)[1] in (*field.metadata, *chain(*inner))
+    return (*field.metadata, *chain(*inner))
 
 
 def redacted_keys(data: Any, path: Keys = ()) -> Iterator[Keys]:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as List
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from statistics import fmean
@@ -102,11 +102,17 @@ class Collector:
     def _overlapping(self, groups: Iterator[Rollout]) -> list[Scored]:
         """Some are scored while others are drawn: `overlap` at a time in the order of the rows, so that it depends on
         nobody's pace which are scored together."""
-        with ThreadPoolExecutor(1) as pool:
-            asked = []
+        asked: list[Future[list[Scored]]] = []
+        pool = ThreadPoolExecutor(1)
+        try:
             while some := list(islice(groups, self.settings.overlap)):
                 asked.append(pool.submit(self._scored_at_once, some))
+                for one in asked:
+                    if one.done():
+                        one.result()  # what failed ends the drawing too
             return [scored for one in asked for scored in one.result()]
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
 
     def _opened_rows(self, rows: List[tuple[int, Row]]) -> list[tuple[int, Row, tuple[int, ...]]]:
         """Those whose prompts fit, with their tokens."""

@@ -11,10 +11,10 @@ from prefopt.config.constitution import read_constitution
 from prefopt.config.making import LabelConfig, Making, ReviseConfig, SampleConfig
 from prefopt.data.adapt import adapt
 from prefopt.making.labels import Item, compared, in_drawn_order, why_not
-from prefopt.making.lines import carried, replies_of
+from prefopt.making.lines import carried, replies_of, several
 from prefopt.making.services import MakingServices
 from prefopt.revising import PRINCIPLE, Draft, Principle, Revise, Revision, principle_of, revised
-from prefopt.rows import Demonstration, Ranking, Rollout, Row
+from prefopt.rows import Demonstration, Rollout, Row
 from prefopt.verdicts import Comparer, Verdict, added, both_orders
 
 TOO_LONG = "the prompt is too long"
@@ -44,13 +44,13 @@ class Kind:
     make: Make
 
 
-def kind_of(config: Making, services: MakingServices) -> Kind:
-    """What a configuration asks for, ready to work."""
+def kind_of(config: Making, services: MakingServices, rows: List[Row]) -> Kind:
+    """What a configuration asks for of all these rows, ready to work."""
     if isinstance(config, SampleConfig):
         make = _against_own if config.self_play else _candidates
         return Kind("drawn", lambda rows: list(map(make, services.draw(rows, config.n), rows)))
     if isinstance(config, LabelConfig):
-        return Kind("judged", Labelling.of(config, services))
+        return Kind("judged", Labelling.of(config, services, rows))
     return Kind("revised", Revising.of(config, services))
 
 
@@ -89,13 +89,15 @@ class Labelling:
     services: MakingServices
     compare: Comparer
     principles: List[Principle]
+    ranked: bool
 
     @classmethod
-    def of(cls, config: LabelConfig, services: MakingServices) -> Labelling:
+    def of(cls, config: LabelConfig, services: MakingServices, rows: List[Row]) -> Labelling:
         judge = config.judge.open(services)
         compare = both_orders(judge) if config.both_orders else in_drawn_order(judge, config.run.seed)
         principles = () if config.constitution is None else read_constitution(config.constitution, compare=True)
-        return cls(config, services, compare, principles)
+        ranked = several(rows) if config.n is None else config.n > 2
+        return cls(config, services, compare, principles, ranked)
 
     def __call__(self, rows: List[Row]) -> list[Outcome]:
         n = self.config.n
@@ -110,8 +112,7 @@ class Labelling:
             row = replace(row, completions=tuple({c.text: c for c in row.completions}.values()))
             if len(row.completions) < 2:
                 return Outcome(None, ALIKE, fault=False)
-        ranked = isinstance(row, Ranking) or (self.config.n or 0) > 2
-        return Item.of(self._under_one(row), self.config.pairing, ranked)
+        return Item.of(self._under_one(row), self.config.pairing, self.ranked)
 
     def _under_one(self, row: Row) -> Row:
         """The row with the principle its replies are compared by, drawn by its place, if there are any."""

@@ -10,11 +10,14 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-from prefopt.data.formats import FORMATS
+from prefopt.data.formats import FORMATS, PAIR_NUMBERS
 from prefopt.errors import ConfigError
 from prefopt.rows import Comparison, Completion, Demonstration, Judgement, Ranking, Rollout, Row, Text
 
-TELLING = frozenset({"drawn", "judged", "revised", "ranks", "scores", "votes"}).union(*(f.needs for f in FORMATS))
+MADE = {"drawn": (), "judged": ("principle",), "revised": ("draft", "trace")}
+"""Columns that say how a row was made, and those that stand beside them."""
+READ = frozenset({"ranks", "scores", "raters", *PAIR_NUMBERS}).union(*(f.needs for f in FORMATS))
+"""Columns that belong to the replies of a row."""
 
 
 class RowsFile:
@@ -80,10 +83,16 @@ def replies_of(row: Row) -> tuple[Completion, ...]:
     return row.completions if isinstance(row, Ranking | Rollout) else ()
 
 
+def several(rows: Iterable[Row]) -> bool:
+    """Whether any row has more than two replies: all rows of a file are then written as rankings."""
+    return any(len(replies_of(row)) > 2 for row in rows)
+
+
 def carried(row: Row) -> dict[str, Any]:
     """What a made row has of the row it was made from: prompt, weight and columns, without those that said how that one
     was made, or by which a reader would take this one for another format."""
-    kept = {name: x for name, x in row.extra.items() if name not in TELLING}
+    made = {name for by, beside in MADE.items() if by in row.extra for name in (by, *beside)}
+    kept = {name: x for name, x in row.extra.items() if name not in made | READ}
     weight = {} if row.weight == 1 else {"weight": row.weight}
     return {**kept, **weight, "prompt": plain(row.prompt)}
 

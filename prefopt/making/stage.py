@@ -56,7 +56,7 @@ class Made:
     def lines(self) -> list[str]:
         """The same in words."""
         without = [f"{count:,} rows left out: {reason}" for reason, count in self.missing.items()]
-        cut = f"{self.cut:,} replies were cut at max_new_tokens: what learns from them learns to stop there"
+        cut = f"{self.cut:,} of the texts drawn were cut at max_new_tokens"
         return [
             *without,
             *([cut] if self.cut else []),
@@ -120,7 +120,7 @@ class _Stage:
         self._describe()
         rows, rejects = rows_of(self.config.data, self.services, "data")
         write_rejects(self.folder.path / "rejects.jsonl", rejects)
-        kind = kind_of(self.config, self.services)
+        kind = kind_of(self.config, self.services, rows)
         file = RowsFile(self.config.rows, kind.field, _settings(self.config))
         self.config.rows.touch()
         whole_lines(self._path)  # what was cut short is not gone on with
@@ -184,17 +184,12 @@ class _Stage:
 
     def _describe(self) -> None:
         """`config.yaml` and `run.json`: what was asked for, and with which versions and data."""
-        now = surroundings(files_of(self.config))
+        now = surroundings(named_files(self.config))
         if self.folder.info.exists():
             compare(json.loads(self.folder.info.read_text("utf-8")), now, self.warn)
             return
         write_text(self.folder.config, dump(redact(resolved(self.config))))
         self.folder.write(self.folder.info, now)
-
-
-def files_of(config: Making) -> list[str]:
-    """Files that its rows depend on."""
-    return sorted({*config.data.source.files, *named_files(config)})
 
 
 def _settings(config: Making) -> dict[str, Any]:

@@ -58,6 +58,14 @@ def test_a_file_that_a_judge_reads_counts_and_its_cache_does_not(tmp_path, plugi
     assert files == {str(tmp_path / "verdicts.jsonl"): sha256(b"{}").hexdigest()}
 
 
+def test_the_file_of_a_reward_function_counts_and_the_program_of_a_server_does_not(tmp_path, plugins):
+    (code := tmp_path / "worth.py").write_text("def worth(prompt, completions, row): return [0.0 for _ in completions]")
+    (program := tmp_path / "python").write_text("")
+    reward = plugins.find("reward", "function")(function=f"{code}:worth")
+    sampler = plugins.find("sampler", "vllm")(serve={"python": str(program)})
+    assert dependencies([reward, sampler], plugins.find)["files"].keys() == {str(code)}
+
+
 def test_what_is_not_read_does_not_count(place):
     folder, key = place
     before = key()

@@ -267,7 +267,30 @@ def test_rows_keep_weight_and_columns_but_not_those_of_another_format(stage):
     (row,) = load().find("data source", "jsonl")(path=str(made.path)).rows()
     assert (type(row), row.weight, row.completion.text) == (Demonstration, 2.5, rows[0]["completion"])
     assert result["cut"] == made.cut == 1  # six tokens are too few
-    assert "1 replies were cut" in made.lines[0]
+    assert "1 of the texts drawn were cut" in made.lines[0]
+
+
+def test_what_belonged_to_other_replies_is_not_kept_and_what_is_a_user_s_is(stage):
+    row = {"prompt": "p", "completion": "good", "preference": 0.2, "margin": 3, "raters": ["a"], "draft": "mine"}
+    Path("own.jsonl").write_text(json.dumps(row) + "\n")
+    made, (told,), _ = stage("sample", data={"source": "jsonl", "path": "own.jsonl"}, self_play=True)
+    assert told.keys() == {"prompt", "chosen", "rejected", "draft", "place", "drawn"} - {"place"}
+    (row,) = load().find("data source", "jsonl")(path=str(made.path)).rows()
+    assert (row.chosen.text, row.preference, row.margin) == ("good", 1.0, None)
+
+
+def test_two_replies_keep_what_the_judge_said_of_them_and_more_are_ranked(stage):
+    judge = {"name": "rule", "prefer": "longer", "confidence": 0.8}
+    two = {"prompt": "p", "completions": ["a", "bb"], "ranks": [0, 0]}
+    three = {"prompt": "q", "completions": ["a", "bb", "ccc"], "ranks": [0, 0, 0]}
+    for name, rows in (("two", [two, two]), ("three", [two, three])):
+        Path(f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {"source": "jsonl", "path": "two.jsonl"}
+    _, rows, _ = stage("label", name="a", data=data, model=None, judge=judge)
+    assert [(row["chosen"], row["preference"]) for row in rows] == [("bb", pytest.approx(0.8))] * 2
+    data = {"source": "jsonl", "path": "three.jsonl"}
+    _, rows, _ = stage("label", name="b", data=data, model=None, judge=judge)
+    assert [row["scores"] for row in rows] == [pytest.approx([0.2, 0.8]), pytest.approx([0.2, 0.5, 0.8])]
 
 
 def test_how_many_may_be_missing_is_not_what_rows_are_made_by(stage):

@@ -341,7 +341,8 @@ def test_twenty_secrets_appear_in_no_byte_that_is_written(stub, tmp_path, monkey
     choice = {"message": {"content": told}, "logprobs": {"content": [{"top_logprobs": [
         {"token": "A", "logprob": -0.1}, {"token": told, "logprob": -0.2, "note": {told: told}}]}]}}  # fmt: skip
     server = stub(reply(choice, id=told, model=told), said(told), said(told), status(400, told.encode()))
-    judge = OpenAI(url=server.url, model="m", token="env:MY_JUDGE", cache=str(tmp_path / "r.sqlite"), canaries=0)
+    own = {"token": "env:MY_JUDGE", "cache": str(tmp_path / "r.sqlite"), "canaries": 0, "parallel": 1}
+    judge = OpenAI(url=server.url, model="m", **own)
 
     class Services:
         def rng(self, *purpose):

@@ -114,6 +114,7 @@ def test_a_probe_and_its_one_more_token_fit_into_what_the_server_reads(limit, re
 def test_each_process_of_a_run_has_a_folder_of_its_own(stub, tmp_path, monkeypatch):
     for rank, place in (("0", "vllm"), ("1", "vllm/rank-1")):
         monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("WORLD_SIZE", "2")
         with sampling(tmp_path, url=stub.url) as sampler:
             dict(sampler.open(Model(int(rank)))(REQUESTS))
             asked = [body for route, body in stub.bodies if route == "/collective_rpc"][-1]

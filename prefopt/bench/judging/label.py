@@ -15,7 +15,7 @@ from prefopt.components import Judge
 from prefopt.config.judging import JudgingConfig
 from prefopt.errors import ConfigError, ServiceError, redact
 from prefopt.making.labels import Item, compared, in_drawn_order, why_not
-from prefopt.making.lines import RowsFile, key_of
+from prefopt.making.lines import RowsFile, key_of, several
 from prefopt.making.work import Clock, Say, batches, rows_of
 from prefopt.verdicts import Comparer, added, both_orders, questions
 
@@ -38,7 +38,9 @@ def label(config: JudgingConfig, say: Say) -> Result:
     if judge is None:
         raise ConfigError("labels come from one judge", where="judges", fix="Write `judge: {name: ...}`.")
     services = services_of(config)
-    rows = [Item.of(row, config.pairing) for row in rows_of(config.data, services, "data")[0]]
+    found = rows_of(config.data, services, "data")[0]
+    ranked = several(found)
+    rows = [Item.of(row, config.pairing, ranked) for row in found]
     by = _by(judge, config)
     file = RowsFile(Path(config.out) / LABELS, "judged", by)
     (file.path.parent / "label.json").write_text(json.dumps({file.by: by}, indent=1) + "\n", "utf-8")

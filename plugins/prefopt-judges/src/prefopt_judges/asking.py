@@ -18,7 +18,7 @@ from prefopt.api import (
     Score,
     Scorer,
     Services,
-    UserPath,
+    ToolPath,
     Verdict,
     added,
 )
@@ -50,7 +50,7 @@ class LanguageJudge(Judge):
     canaries: NonNegativeInt = 1
     """Pairs with a known answer in each batch, in which one side orders the judge to prefer it: what share of them
     fools it is reported. They cost as much as other pairs."""
-    cache: UserPath | None = None
+    cache: ToolPath | None = None
     """The file that keeps every reply. Default: `replies.sqlite` in the folder of the run; without a run, none."""
 
     @property

@@ -63,6 +63,12 @@ class FunctionReward(RewardSource):
     environment: tuple[str, ...] = ()
     """Environment variables the function may see, beside PATH and the like."""
 
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The module, where it is written as a file. What that imports is not followed."""
+        place = self.function.rpartition(":")[0]
+        return (place,) if place.endswith(".py") and os.path.isfile(place) else ()
+
     def open(self, services: Services) -> Scorer:
         """Raises `ConfigError` when the function cannot be imported."""
         pool = Pool(self)

@@ -33,8 +33,8 @@ Share = Annotated[float, Field(gt=0, le=1)]
 
 def _own_place() -> str:
     """The folder of this process beside those of others in the run: each has a server or weights of its own."""
-    rank = os.environ.get("RANK", "0")
-    return "" if rank == "0" else f"rank-{rank}"
+    rank, world = (os.environ.get(name) or "0" for name in ("RANK", "WORLD_SIZE"))
+    return f"rank-{rank}" if rank != "0" and world not in ("0", "1") else ""
 
 
 class VLLM(Sampler):

@@ -20,7 +20,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt
 
-from prefopt.api import ServiceError, UserPath, redact
+from prefopt.api import ServiceError, ToolPath, redact
 from prefopt_vllm import keeper
 
 HERE = "127.0.0.1"
@@ -38,7 +38,7 @@ class Serve(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    python: UserPath
+    python: ToolPath
     """The interpreter of vLLM's environment."""
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
     """What it computes in."""
