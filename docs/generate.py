@@ -216,13 +216,27 @@ def _fared(name: str) -> Iterator[str]:
     rows.sort(key=lambda s: float(s.settings["optim.lr"]))
     cells = [f"gold {shown(s.metrics.get('gold_reward'))} at KL {shown(s.metrics.get('kl_sequence'))}" for s in rows]
     if len(cells) == 2:
-        base = shown(next(s for s in report.summary if s.label == "SFT").metrics.get("gold_reward"))
-        low, high = (s.metrics["gold_reward"].mean for s in rows)
-        verdict = (
-            "More of it helps." if high > low else "Further from the reference, the gold reward falls: it fails so."
-        )
-        yield f"- **On `replies`** ([the zoo](../../benchmarks/README.md#zoo); SFT {base}): at `lr` 1e-3"
+        base = next(s for s in report.summary if s.label == "SFT").metrics["gold_reward"]
+        verdict = _verdict(base, *(s.metrics["gold_reward"] for s in rows))
+        yield f"- **On `replies`** ([the zoo](../../benchmarks/README.md#zoo); SFT {shown(base)}): at `lr` 1e-3"
         yield f"  {cells[0]}, at 3e-3 {cells[1]}. {verdict}"
+
+
+def _verdict(base: Interval, low: Interval, high: Interval) -> str:
+    """What a larger rate did to the gold reward, where intervals tell."""
+    if _below(high, base):
+        return "At the larger rate it is below SFT: it fails so."
+    if _below(low, high):
+        return "More of it helps."
+    if _below(high, low):
+        return "Further from the reference, the gold reward falls: it fails so."
+    known = "Both are above SFT, " if _below(base, low) and _below(base, high) else ""
+    return f"{known}{'and no' if known else 'No'} difference between the rates can be told."
+
+
+def _below(one: Interval, other: Interval) -> bool:
+    """Whether the intervals are apart."""
+    return one.high is not None and other.low is not None and one.high < other.low
 
 
 def results(name: str) -> str:
