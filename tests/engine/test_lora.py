@@ -137,6 +137,29 @@ def test_score_heads_are_trained_whole_and_saved_with_the_adapter(tiny_model, tm
     assert json.loads((result.folder / "adapter/adapter_config.json").read_text())["modules_to_save"] == ["score"]
 
 
+ONLINE = {
+    "reward": {"name": "length", "unit": "characters", "minimum": 8, "margin": 8},
+    "sampler": {"name": "plain", "max_new_tokens": 6},
+}
+
+
+@pytest.mark.parametrize("algorithm", ["ppo", "grpo"])
+def test_a_method_that_samples_draws_from_and_learns_in_its_adapter(tiny_model, tmp_path, algorithm):
+    """Its value head is trained and saved whole, beside both forms of the model."""
+    sections = {"algorithm": {"name": algorithm, "beta": 0.05}, "model": {"path": str(tiny_model), "lora": LORA}}
+    result = train_on(tiny_model, tmp_path / "run", {**sections, **ONLINE})
+    lines = [line for line in losses(result.folder) if "sampler/gap" in line]
+    assert max(line["sampler/gap"] for line in lines) < 1e-5
+    assert lines[0]["kl/sequence"] == pytest.approx(0.0, abs=1e-5)  # the reference is the policy without its adapters
+    assert abs(lines[-1]["kl/sequence"]) > 1e-3
+    merged = AutoModelForCausalLM.from_pretrained(result.model)
+    apart = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model), str(result.folder / "adapter"))
+    assert (logits(merged) - logits(apart)).abs().max() < 1e-5
+    heads = list(result.folder.glob("**/value_head.safetensors"))
+    assert bool(heads) == (algorithm == "ppo")
+    assert all(load_file(head)["value_head.weight"].abs().max() > 1e-4 for head in heads)
+
+
 @pytest.mark.parametrize(
     ("lora", "message"),
     [
