@@ -6,6 +6,7 @@ a model of two layers: a property that never met the engine would not count.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from prefopt.batch import CONSTANT, Loss, Policy
 from prefopt.components import Algorithm
+from prefopt.config.yaml import dump, parse
 from prefopt.errors import MissingColumn, PrefoptError
 from prefopt.maths.constants import holding
 from prefopt.rows import Comparison, Demonstration, Judgement, Ranking, Role, Rollout
@@ -101,8 +103,9 @@ def written(algorithm: Algorithm) -> None:
 
 
 def round_trip(algorithm: Algorithm) -> None:
-    """The settings survive a file: dumped and read again they give an equal algorithm."""
-    again = type(algorithm).model_validate_json(algorithm.model_dump_json(), strict=True)
+    """The settings survive a YAML file: written and read again they give an equal algorithm."""
+    read = parse(dump(algorithm.model_dump(mode="json")), "settings").data
+    again = type(algorithm).model_validate_json(json.dumps(read), strict=True)
     require(again == algorithm, f"settings change in a round trip: {algorithm!r} became {again!r}")
 
 

@@ -127,8 +127,8 @@ class Unread(Base):
     name = "unread"
     weights: tuple[float, ...] = (1.0, float(2**60))
 
-    def model_dump_json(self, **options):
-        return '{"scale": 2.0}'
+    def model_dump(self, **options):
+        return {"scale": 2.0}
 
 
 class Stale(Base):
