@@ -129,6 +129,8 @@ def _check_drawing(config: Making, registry: Registry, promised: Promised, besid
     if path is None or path.startswith(WORLD):
         what = "replies are drawn, and there is no model" if path is None else f"`{path}` has learned nothing yet"
         raise ConfigError(what, where="model", fix="Name a stage that trains, or the folder of a model.")
+    if config.model is not None and config.model.embedding_noise is not None:
+        raise ConfigError("noise is for what is trained on", where="model.embedding_noise", fix="Leave it out.")
     if path not in promised:
         _check_model(path, "model.path", registry, beside)
 
@@ -254,6 +256,9 @@ def _check_sampling(config: RunConfig) -> None:
         problems.append(Problem(f"algorithm `{name}` learns from rows: no reply is scored", "reward", fix))
     if draws and config.algorithm.trains_reward:
         problems.append(Problem("a reward model draws no replies", "rollout.n", "Leave it out."))
+    if draws and config.model.embedding_noise is not None:
+        what = "with noise in training passes log-probabilities are not those that replies were sampled with"
+        problems.append(Problem(what, "model.embedding_noise", "Leave it out where replies are drawn."))
     if config.sampler is not None:
         problems += _unserved(config.sampler, draws)
     kept = config.reference is not None and (config.reference.mode == "cached" or config.reference.store is not None)

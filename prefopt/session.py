@@ -181,6 +181,7 @@ class Session:
         data = (inputs.assembler, inputs.order, inputs.total)
         loop = Loop(config.algorithm, config.optim, *data, config.run.seed, forwarder, optimizer, reference, inputs.mix)
         loop.warn = self._warn
+        loop.noise = config.model.embedding_noise
         loop.collector = self._collector(loop)
         evaluator = self._evaluator(loop, inputs.held_out)
         if isinstance(reference, Cached):

@@ -111,6 +111,12 @@ def test_a_stage_learns_from_the_rows_of_another(labelling, plugins, tmp_path):
         (0, {"kind": "sample", "n": 1, "judge": None}, ConfigError, r"unknown key `judge`"),
         (0, {"model": None}, ConfigError, r"`model`: replies are drawn, and there is no model"),
         (0, {"model": {"path": "world:replies"}}, ConfigError, r"`world:replies` has learned nothing yet"),
+        (
+            0,
+            {"model": {"path": "m", "embedding_noise": 5.0}},
+            ConfigError,
+            r"embedding_noise`: noise is for what is train",
+        ),
         (0, {"constitution": "nowhere.yaml"}, ConfigError, r"nowhere.yaml: cannot read the file"),
         (0, {"n": None}, DataError, r"a demonstration cannot become a comparison"),
         (1, {"algorithm": {"name": "kto"}, "data": {"source": "jsonl", "path": "nowhere"}}, DataError, "nowhere"),

@@ -85,6 +85,11 @@ class ModelConfig(Section):
     lora: LoraConfig | None = None
     """Train low-rank adapters and leave the weights as they are. The run's `model` is the two merged, its `adapter` the
     adapters alone."""
+    embedding_noise: PositiveFloat | None = None
+    """Alpha of NEFTune (Jain et al. 2023, arXiv:2310.05914), which tries 5, 10 and 15: passes with gradient, and no
+    others, add noise to the vectors of tokens, uniform in [-1, 1] times alpha / sqrt(L d) in a sequence of L tokens
+    whose vectors are d wide. Sequences of a group then share nothing, which takes longer. Refused where replies are
+    drawn while training: methods compare these log-probabilities with those that replies were drawn with."""
 
 
 class RowsConfig(Section):

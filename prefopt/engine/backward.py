@@ -33,9 +33,8 @@ def _separate(
 ) -> dict[str, float]:
     totals: dict[str, Tensor] = {}
     for micro in _each(micros, forwarder):
-        part = built.select(micro.index)
-        outputs = forwarder.live(part, algorithm.needs().during)
-        batch = part.batch.to(forwarder.ranks.device)
+        outputs = forwarder.live(built, micro.index, algorithm.needs().during)
+        batch = built.batch.select(micro.index).to(forwarder.ranks.device)
         loss = algorithm.loss(batch, Policy(outputs))
         _differentiate(loss.value, micro, forwarder, algorithm)
         found = {"loss/total": loss.value, **loss.metrics} | (_gap(batch, outputs) if gap else {})
@@ -63,7 +62,7 @@ def _coupled(algorithm: Algorithm, forwarder: Forwarder, built: Assembled, micro
     slopes = torch.autograd.grad(loss.value, list(leaves.values()), materialize_grads=True)
     named = dict(zip(leaves, slopes, strict=True))
     for micro in _each(micros, forwarder):
-        live = forwarder.live(built.select(micro.index), want)
+        live = forwarder.live(built, micro.index, want)
         rows = torch.tensor(micro.index)
         parts = [(live[name] * _cut(slope[rows], live[name])).sum() for name, slope in named.items()]
         _differentiate(torch.stack(parts).sum(), micro, forwarder, algorithm)

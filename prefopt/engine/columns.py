@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from prefopt.components import Algorithm
 from prefopt.data.assemble import Assembled
 from prefopt.engine.forward import paths_of, run
 from prefopt.engine.layout import members, units
+from prefopt.engine.noise import Noise
 from prefopt.engine.plan import Micro, plan
 from prefopt.engine.ranks import Ranks
 from prefopt.engine.reference import Reference
@@ -29,7 +31,8 @@ class Meter:
 
 @dataclass
 class Forwarder:
-    """Runs a wrapped scorer over the sequences of a step, in microbatches, each rank its part."""
+    """Runs a wrapped scorer over the sequences of a step, in microbatches, each rank its part. `noise` is for what is
+    trained on: a forwarder with it serves one minibatch."""
 
     module: nn.Module
     ranks: Ranks
@@ -37,15 +40,20 @@ class Forwarder:
     dtype: str
     meter: Meter = field(default_factory=Meter)
     temperature: float = 1.0
+    noise: Noise | None = None
 
     def plan(self, built: Assembled) -> list[Micro]:
         """This rank's microbatches."""
-        laid = units(built.tokens, built.groups, paths_of(self.module))
+        paths = paths_of(self.module)
+        laid = units(built.tokens, built.groups, paths if self.noise is None else paths.apart())
         return plan(laid, self.budget, self.ranks.world)[self.ranks.rank]
 
-    def live(self, part: Assembled, want: Collection[str]) -> dict[str, Tensor]:
-        """The outputs of one microbatch, with gradient when gradients are on."""
-        return run(self.module, part.tokens, want, self.ranks.device, self.dtype, part.groups, self.temperature)
+    def live(self, built: Assembled, index: Sequence[int], want: Collection[str]) -> dict[str, Tensor]:
+        """The outputs of one microbatch, the sequences at `index`, with gradient when gradients are on."""
+        groups, tokens = built.groups, [built.tokens[i] for i in index]
+        noise = None if self.noise is None else partial(self.noise.added, index, [len(t) for t in tokens])
+        options = (self.dtype, [groups[i] for i in index], self.temperature, noise)
+        return run(self.module, tokens, want, self.ranks.device, *options)
 
     @torch.no_grad()
     def whole(self, built: Assembled, want: Collection[str]) -> dict[str, Tensor]:
@@ -53,7 +61,7 @@ class Forwarder:
         shape = {name: (len(built.batch),) if name == "scores" else built.batch.mask.shape for name in want}
         out = {name: torch.zeros(shape[name]) for name in want}
         for micro in self.plan(built):
-            found = self.live(built.select(micro.index), want)
+            found = self.live(built, micro.index, want)
             if not micro.idle:
                 _place(out, found, micro.index)
         self.meter.forward += sum(map(len, built.tokens)) * (2 if "token_kl" in want else 1)  # with the reference's

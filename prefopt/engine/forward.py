@@ -19,6 +19,7 @@ from prefopt.engine.head import token_collision_entropy, token_entropy, token_kl
 from prefopt.engine.layout import PLAIN, Packed, Paths, tree_mask
 from prefopt.engine.linear import Head, Shape, linear_kl, linear_logps
 from prefopt.engine.lora import adapted
+from prefopt.engine.noise import Change, changing
 from prefopt.engine.ranks import unwrap
 from prefopt.engine.recompute import recomputing
 from prefopt.errors import ConfigError
@@ -101,13 +102,15 @@ class Scorer(nn.Module):
         self.in_place = True
         return list(found.values())
 
-    def forward(self, packed: Packed, want: Collection[str], temperature: float = 1.0) -> dict[str, Tensor]:
+    def forward(
+        self, packed: Packed, want: Collection[str], temperature: float = 1.0, noise: Change | None = None
+    ) -> dict[str, Tensor]:
         """The wanted outputs: `scores` [n]; `logps`, `entropy`, `values`, `token_kl` [n, T] with T the longest
         completion here.
 
-        Positions past a completion hold 0.
+        Positions past a completion hold 0. `noise` is that of this network alone: reference and critic have none.
         """
-        with recomputing(self.recomputed):
+        with recomputing(self.recomputed), changing(self.network, noise):
             if set(want) == {"scores"}:
                 return {"scores": self._scores(packed)}
             compute = self._tiled if self.paths.tiled else self._plain
@@ -230,13 +233,14 @@ def run(
     dtype: str = "float32",
     groups: Sequence[int] | None = None,
     temperature: float = 1.0,
+    noise: Change | None = None,
 ) -> dict[str, Tensor]:
     """The wanted outputs for these sequences, through `module` (a scorer, wrapped or not). Sequences of one group may
-    share what they begin with; without `groups` each stands alone."""
-    each = range(len(tokens)) if groups is None else groups
+    share what they begin with; without `groups`, or with `noise` of its own, each stands alone."""
+    each = range(len(tokens)) if groups is None or noise is not None else groups
     packed = Packed.of(tokens, each, paths_of(module)).to(device)
     with precision(device, dtype):
-        outputs: dict[str, Tensor] = module(packed, tuple(want), temperature)
+        outputs: dict[str, Tensor] = module(packed, tuple(want), temperature, noise)
     return outputs
 
 

@@ -36,6 +36,10 @@ class Paths:
     keep_bytes: int = KEEP_BYTES
     reach: float = 1e6
 
+    def apart(self) -> Paths:
+        """The same with a row for each sequence."""
+        return replace(self, layout="causal") if self.layout == "shared" else self
+
 
 PLAIN = Paths()
 

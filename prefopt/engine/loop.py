@@ -28,6 +28,7 @@ from prefopt.engine.collect import Collector
 from prefopt.engine.columns import Forwarder, fill
 from prefopt.engine.forward import Scorer
 from prefopt.engine.layout import members
+from prefopt.engine.noise import Noise
 from prefopt.engine.optimize import Optimizer, learning_rate
 from prefopt.engine.ranks import unwrap
 from prefopt.engine.reference import Reference
@@ -67,6 +68,7 @@ class Loop:
     reference: Reference | None
     mix: Mix | None = None
     collector: Collector | None = None
+    noise: float | None = None
     progress: Progress = field(default_factory=Progress)
     state: dict[str, Tensor] = field(default_factory=dict)
     warn: Callable[[str], None] = print
@@ -136,7 +138,7 @@ class Loop:
             for index in dealt(built.groups, parts, derive(self.seed, "minibatches", step, epoch)):
                 minibatch = built if parts == 1 else built.minibatch(index)
                 mixed = None if self.mix is None else self.mix.step(step * epochs * parts + len(found))
-                metrics, verdict = self.update(self._active(minibatch), mixed, first=not found)
+                metrics, verdict = self.update(self._active(minibatch), mixed, len(found))
                 found.append(metrics)
                 if verdict == "stop":
                     return _means(found)
@@ -149,12 +151,13 @@ class Loop:
             return built
         return built.select((~idle).nonzero().squeeze(1).tolist() or [0])  # one stays: a gradient of zero is a gradient
 
-    def update(self, built: Assembled, mixed: Assembled | None, first: bool) -> tuple[dict[str, float], str]:
+    def update(self, built: Assembled, mixed: Assembled | None, number: int) -> tuple[dict[str, float], str]:
         """One minibatch: the gradients of all its microbatches, those of what is mixed in, and an update if the
-        algorithm accepts them. Before the `first` update of a step the policy is the one that was sampled."""
-        metrics = backward(self.algorithm, self.forwarder, built, gap=first and self.collector is not None)
+        algorithm accepts them. Before update `number` 0 of a step the policy is the one that was sampled."""
+        gap = number == 0 and self.collector is not None
+        metrics = backward(self.algorithm, self._training(number, "rows"), built, gap)
         if self.mix is not None and mixed is not None:
-            found = backward(self.mix.algorithm, replace(self.forwarder, temperature=1.0), mixed)
+            found = backward(self.mix.algorithm, replace(self._training(number, "mix"), temperature=1.0), mixed)
             metrics["loss/total"] += found["loss/total"]
             metrics |= {f"mix/{name}": x for name, x in found.items()}
         metrics["gradient/norm"] = float(self.optimizer.clip())
@@ -167,6 +170,13 @@ class Loop:
         self.progress.skipped += verdict != "step"
         self.optimizer.clear()
         return {**metrics, "lr": rate if verdict == "step" else 0.0}, verdict
+
+    def _training(self, number: int, part: str) -> Forwarder:
+        """What runs over a part of update `number` of this step: with noise, in a run that asks for it."""
+        if self.noise is None:
+            return self.forwarder
+        key = derive(self.seed, "embedding noise", self.progress.step, number, part)
+        return replace(self.forwarder, noise=Noise(self.noise, key))
 
     @property
     def updates(self) -> int:

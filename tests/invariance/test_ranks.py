@@ -28,6 +28,12 @@ RUNS = {
     },  # ranks with idle turns
     "coupled": {"algorithm": {"name": "sorted"}, "optim": {"batch_size": 6, "token_budget": 60, "lr": 1e-3}},
     "mixed": {"algorithm": {"name": "dpo"}, "data": {"mix": MIX}},
+    "noise": {
+        "algorithm": {"name": "dpo"},
+        "data": {"mix": MIX},
+        "optim": {"batch_size": 5, "token_budget": 60, "lr": 1e-3},
+        "model": {"embedding_noise": 5.0},
+    },
     "ppo": {
         "algorithm": {"name": "ppo", "minibatches": 2},
         "reward": {"name": "repetition", "n": 1, "unit": "characters"},

@@ -21,6 +21,7 @@ RUNS = {
     "reward_model": {"algorithm": {"name": "reward_model", "margin": True}, "eval": {"every": 3, "rows": 4}},
     "dpo": {"algorithm": {"name": "dpo"}, "eval": {"every": 3, "samples": 2, "rows": 4}},
     "dpo, mixed": {"algorithm": {"name": "dpo"}, "data": {"mix": MIX}},
+    "dpo, mixed, with noise": {"algorithm": {"name": "dpo"}, "data": {"mix": MIX}, "model": {"embedding_noise": 5.0}},
     "dpo, moving reference": {"algorithm": {"name": "dpo"}, "reference": {"every": 2, "mix": 0.5}},
     "dpo, best kept": {
         "algorithm": {"name": "dpo"},
