@@ -5,7 +5,9 @@
 WORKLOAD is made by `workload.py`, PEER_PYTHON is the interpreter of the environment made by `make_venv.sh`. TRL runs
 in its default layout (the whole step in one forward pass) and at its best: the fastest of several numbers of rows at a
 time (of those that it accepts) with precomputed reference and fused AdamW. Seconds are medians over all steps of all
-blocks; the reference pass of one epoch is spread over its steps, on both sides.
+blocks; the reference pass of one epoch is spread over its steps, on both sides. How many times longer the other takes
+is the median over the blocks, in each of which both sides run within minutes of each other. OUT keeps what it has of
+other methods.
 
 A step of grpo and rloo draws 8 completions of 64 tokens for each of 4 prompts, scores them and makes one update. What
 our side draws is given to the other for the comparison of losses and gradients, and both get a random model for the
@@ -22,11 +24,14 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from datetime import date
 from pathlib import Path
 from statistics import fmean, median, quantiles
 from typing import Any
 
 from worker import BETA, PROMPTS, SAMPLES, TOKENS
+
+from prefopt.bench.report import commit_of
 
 HERE = Path(__file__).parent
 STEPS = 2
@@ -44,6 +49,7 @@ class Side:
     name: str
     command: list[str]
     seconds: list[float] = field(default_factory=list)
+    blocks: list[float] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
     roofs: list[float] = field(default_factory=list)
     peak_mb: float = 0.0
@@ -75,6 +81,7 @@ class Side:
         self.losses += found["losses"]
         if count:
             self.seconds += found["seconds"]
+            self.blocks.append(median(found["seconds"]))
             self.roofs.append(found["roof"])
         return found["seconds"]  # type: ignore[no-any-return]
 
@@ -86,6 +93,7 @@ class Side:
             "quartiles": [low, high],
             "reference_seconds": reference,
             "seconds": median(self.seconds) + reference,
+            "blocks": [seconds + reference for seconds in self.blocks],
             "peak_mb": self.peak_mb,
             "roof_gflops": median(self.roofs),
         }
@@ -220,13 +228,20 @@ def compare(python: str, workload: Path, method: str, blocks: int) -> dict[str, 
     work = needed_gflop(workload, method, range(STEPS, total))
     for summary in found.values():
         summary["useful_mfu"] = work / summary["step_seconds"] / mine["roof_gflops"]
-    ratios = {name: summary["seconds"] / mine["seconds"] for name, summary in found.items()}
+    by_block = {
+        name: [theirs / own for theirs, own in zip(summary["blocks"], mine["blocks"], strict=True)]
+        for name, summary in found.items()
+    }
     peers = {"seconds_by_rows_at_a_time": searched, "refused_rows_at_a_time": REFUSED.get(method, ())}
     return {
+        "date": date.today().isoformat(),
+        "commit": commit_of()[:7],
+        "versions": {side.name: side.ready["versions"] for side in sides[:2]},
         "equality": equal,
         "needed_gflop": work,
         "sides": found,
-        "times_slower_than_prefopt": ratios,
+        "times_slower_than_prefopt": {name: median(each) for name, each in by_block.items()},
+        "times_slower_by_block": by_block,
         "search_for_the_best_of_trl": peers,
     }
 
@@ -239,9 +254,10 @@ def main() -> None:
     parser.add_argument("--methods", default="dpo,sft,reward_model")
     parser.add_argument("--blocks", type=int, default=5)
     options = parser.parse_args()
-    results = {m: compare(options.python, options.workload, m, options.blocks) for m in options.methods.split(",")}
-    options.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    for method, result in results.items():
+    results = json.loads(options.out.read_text("utf-8")) if options.out.exists() else {}
+    for method in options.methods.split(","):
+        results[method] = result = compare(options.python, options.workload, method, options.blocks)
+        options.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
         for name, found in result["sides"].items():
             times = result["times_slower_than_prefopt"][name]
             used = f"{found['seconds']:7.2f} s  {found['peak_mb']:7.0f} MB  MFU {found['useful_mfu']:.0%}"

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from worker import BETA, PROMPTS, SAMPLES, TOKENS, Steps, answer, orders, peak_mb, resident_mb, roof
+from worker import BETA, PROMPTS, SAMPLES, TOKENS, Steps, answer, orders, peak_mb, resident_mb, roof, versions
 
 from prefopt import session
 from prefopt.config import load_run
@@ -99,7 +99,7 @@ def main() -> None:
         loop.optimizer.step = lambda rate: (_keep(loop, gradients), step(rate))  # type: ignore[assignment,func-returns-value]
     done = 0
     memory = {"resident_mb": resident_mb(), "torch": torch.__version__}
-    answer(ready=True, reference_seconds=reference / total, **memory)
+    answer(ready=True, reference_seconds=reference / total, versions=versions(), **memory)
     for count in orders():
         speed, steps = roof(), Steps()
         for _ in range(count):

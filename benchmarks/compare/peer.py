@@ -21,7 +21,7 @@ from datasets import Dataset
 from peer_online import online, replay
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
-from worker import BETA, PROMPTS, SAMPLES, Steps, answer, orders, peak_mb, roof
+from worker import BETA, PROMPTS, SAMPLES, Steps, answer, orders, peak_mb, roof, versions
 
 BATCH, MAX_LENGTH = 8, 2048
 
@@ -154,7 +154,7 @@ def main() -> None:
         replay(run, method, Path(given["recorded"]), Path(given["reference"]))
     import trl
 
-    answer(ready=True, reference_seconds=reference[0] / steps, trl=trl.__version__, torch=torch.__version__)
+    answer(ready=True, reference_seconds=reference[0] / steps, versions=versions())
     run.train()
     answer(peak_mb=peak_mb())
 

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from importlib.metadata import distributions
 from pathlib import Path
 
 import torch
@@ -40,6 +41,12 @@ def answer(**found: object) -> None:
     """One line of JSON on the real standard output."""
     sys.__stdout__.write(json.dumps(found) + "\n")
     sys.__stdout__.flush()
+
+
+def versions() -> dict[str, str]:
+    """What this process is made of."""
+    found = {dist.metadata["Name"].lower(): dist.version for dist in distributions()}
+    return {name: found[name] for name in ("prefopt", "trl", "torch", "transformers") if name in found}
 
 
 def roof(dtype: torch.dtype = torch.float32) -> float:
