@@ -152,8 +152,6 @@ def main() -> None:
     run = trainer(workload, method, steps, micro, "best" in sys.argv[5:], Blocks(gradients))
     if given:
         replay(run, method, Path(given["recorded"]), Path(given["reference"]))
-    import trl
-
     answer(ready=True, reference_seconds=reference[0] / steps, versions=versions())
     run.train()
     answer(peak_mb=peak_mb())
