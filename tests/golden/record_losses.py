@@ -154,7 +154,7 @@ def cpo(folder: Path) -> Iterator[tuple[str, Any]]:
     made, batch = trainer(ORPOTrainer, ORPOConfig, folder, rows(), model=policy)
     loss, metrics = made.get_batch_loss_metrics(policy, batch)
     yield "orpo, whole sequence", loss.item()
-    yield "orpo, odds", loss.item() - metrics["nll_loss"]
+    yield "orpo, odds", -made.args.beta * metrics["log_odds_ratio"]
 
 
 def whole(policy: Any, batch: Any) -> dict[str, Any]:
