@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 ROWS = 6
+SIDES = ("chosen", "rejected")
 COMMON = {"report_to": [], "save_strategy": "no", "use_cpu": True, "bf16": False, "gradient_checkpointing": False}
 COMMON |= {"disable_tqdm": True, "seed": 0, "per_device_train_batch_size": ROWS}
 
@@ -30,9 +31,6 @@ DPO: dict[str, dict[str, Any]] = {
     "nca_pair": {"loss_type": ["nca_pair"]},
     "bco_pair": {"loss_type": ["bco_pair"]},
     "sppo_hard": {"loss_type": ["sppo_hard"]},
-    "aot": {"loss_type": ["aot"]},
-    "aot label_smoothing=0.2": {"loss_type": ["aot"], "label_smoothing": 0.2},
-    "aot_unpaired": {"loss_type": ["aot_unpaired"]},
     "apo_zero": {"loss_type": ["apo_zero"]},
     "apo_down": {"loss_type": ["apo_down"]},
     "discopop": {"loss_type": ["discopop"]},
@@ -46,6 +44,11 @@ DPO: dict[str, dict[str, Any]] = {
     "mpo": {"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0]},
     # what is different there: `tests/golden/test_losses.py` says why
     "cdpo, ignored": {"loss_type": ["sigmoid"], "label_smoothing": 0.1},
+}
+AOT: dict[str, dict[str, Any]] = {
+    "aot": {"loss_type": ["aot"]},
+    "aot label_smoothing=0.2": {"loss_type": ["aot"], "label_smoothing": 0.2},
+    "aot_unpaired": {"loss_type": ["aot_unpaired"]},
 }
 CPO: dict[str, dict[str, Any]] = {
     "cpo": {"loss_type": "sigmoid", "cpo_alpha": 1.0, "beta": 0.1},
@@ -75,6 +78,15 @@ def rows() -> list[dict[str, str]]:
             "chosen": " " + words(draw, draw.randint(1, 4)),
             "rejected": " " + words(draw, draw.randint(1, 4)),
         }
+        for _ in range(ROWS)
+    ]
+
+
+def crossed() -> list[dict[str, str]]:
+    """Pairs of sides of one length: where length says nothing, policy and reference have margins in another order."""
+    draw = random.Random(0)
+    return [
+        {"prompt": words(draw, 2) + ":", **{side: " " + "".join(draw.choices("abcdefgh", k=8)) for side in SIDES}}
         for _ in range(ROWS)
     ]
 
@@ -128,16 +140,34 @@ def trainer(cls: Any, settings: Any, folder: Path, data: list[dict[str, Any]], *
 
 
 def dpo(folder: Path) -> Iterator[tuple[str, Any]]:
+    for name, options in DPO.items():
+        made, batch = paired(folder, rows(), options)
+        if name == "dpo":
+            yield "pairs", sides(made, batch)
+        yield name, made.compute_loss(made.model, batch).item()
+
+
+def aot(folder: Path) -> Iterator[tuple[str, Any]]:
+    for name, options in AOT.items():
+        made, batch = paired(folder, crossed(), options)
+        if name == "aot":
+            yield "crossed pairs", sides(made, batch)
+        yield name, made.compute_loss(made.model, batch).item()
+
+
+def paired(folder: Path, data: list[dict[str, str]], options: dict[str, Any]) -> tuple[Any, Any]:
+    """DPO's trainer with these options, and its first batch."""
     from trl import DPOConfig, DPOTrainer
 
-    for name, options in DPO.items():
-        policy, reference = models(folder)
-        options = {"train_sampling_strategy": "sequential", **options}
-        made, batch = trainer(DPOTrainer, DPOConfig, folder, rows(), model=policy, ref_model=reference, options=options)
-        if name == "dpo":
-            sides = [measured(model, batch["input_ids"], batch["completion_mask"]) for model in (policy, reference)]
-            yield "pairs", {"logps": sides[0][0], "collision": sides[0][1], "reference": sides[1][0]}
-        yield name, made.compute_loss(policy, batch).item()
+    policy, reference = models(folder)
+    options = {"train_sampling_strategy": "sequential", **options}
+    return trainer(DPOTrainer, DPOConfig, folder, data, model=policy, ref_model=reference, options=options)
+
+
+def sides(made: Any, batch: dict[str, Any]) -> dict[str, Any]:
+    """What policy and reference say of the pairs of a batch."""
+    own, reference = (measured(m, batch["input_ids"], batch["completion_mask"]) for m in (made.model, made.ref_model))
+    return {"logps": own[0], "collision": own[1], "reference": reference[0]}
 
 
 def cpo(folder: Path) -> Iterator[tuple[str, Any]]:
@@ -160,7 +190,7 @@ def cpo(folder: Path) -> Iterator[tuple[str, Any]]:
 def whole(policy: Any, batch: Any) -> dict[str, Any]:
     """The same of the CPO trainer's batch, which it draws in an order of its own."""
     found = []
-    for side in ("chosen", "rejected"):
+    for side in SIDES:
         mask = batch[f"{side}_labels"] != -100
         found += measured(policy, batch[f"{side}_input_ids"], mask)[0]
     prompts = (batch["chosen_labels"] == -100) & (batch["chosen_attention_mask"] == 1)
@@ -203,7 +233,7 @@ def main(folder: Path) -> None:
     import trl
 
     record: dict[str, Any] = {"peer": f"trl {trl.__version__}, torch {torch.__version__}", "inputs": {}, "losses": {}}
-    for part in (dpo, cpo, kto, dft):
+    for part in (dpo, aot, cpo, kto, dft):
         for name, value in part(folder):
             record["losses" if isinstance(value, float) else "inputs"][name] = value
     (folder / "trl_losses.json").write_text(json.dumps(record, indent=1) + "\n", "utf-8")
