@@ -21,6 +21,7 @@ SIDES = ("chosen", "rejected")
 COMMON = {"report_to": [], "save_strategy": "no", "use_cpu": True, "bf16": False, "gradient_checkpointing": False}
 COMMON |= {"disable_tqdm": True, "seed": 0, "per_device_train_batch_size": ROWS}
 
+RPO = {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 1.0]}
 DPO: dict[str, dict[str, Any]] = {
     "dpo": {"loss_type": ["sigmoid"]},
     "dpo beta=0.5": {"loss_type": ["sigmoid"], "beta": 0.5},
@@ -40,7 +41,7 @@ DPO: dict[str, dict[str, Any]] = {
     "f_dpo divergence=alpha": {"loss_type": ["sigmoid"], "f_divergence_type": "alpha_divergence"},
     "ld_dpo": {"loss_type": ["sigmoid"], "ld_alpha": 0.5},
     "wpo": {"loss_type": ["sigmoid"], "use_weighting": True},
-    "rpo nll=tokens": {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 1.0]},
+    "rpo nll=tokens": RPO,
     "mpo": {"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0]},
     # what is different there: `tests/golden/test_losses.py` says why
     "cdpo, ignored": {"loss_type": ["sigmoid"], "label_smoothing": 0.1},
@@ -145,6 +146,8 @@ def dpo(folder: Path) -> Iterator[tuple[str, Any]]:
         if name == "dpo":
             yield "pairs", sides(made, batch)
         yield name, made.compute_loss(made.model, batch).item()
+    alone = [paired(folder, [row], RPO) for row in rows()]
+    yield "rpo", sum(made.compute_loss(made.model, batch).item() for made, batch in alone) / ROWS
 
 
 def aot(folder: Path) -> Iterator[tuple[str, Any]]:
