@@ -147,9 +147,14 @@ def test_trl_s_simpo_has_a_likelihood_and_another_scale(plugins):
     assert computed(plugins, "cpo_simpo beta=0.1") == recorded_loss("simpo, by default")
 
 
-def test_summed_and_averaged_ipo_are_far_apart(plugins):
-    """OpenRLHF and the original DPO repository sum; TRL averages."""
-    assert abs(computed(plugins, "ipo length=sum") - computed(plugins, "ipo")) > 1
+def test_summed_ipo_is_averaged_ipo_of_a_beta_as_many_times_larger_as_there_are_tokens(plugins):
+    """OpenRLHF and the original DPO repository sum, TRL averages: (n d - 1/2β)² = n² (d - 1/2nβ)²."""
+    rows, reference = [[-1.0] * 200, [-1.0] * 200], [[-1.03] * 200, [-1.01] * 200]
+    recorded = {"logps": rows, "reference": reference}
+    summed, averaged = loss_on(plugins, "ipo length=sum", recorded), loss_on(plugins, "ipo", recorded)
+    assert summed == pytest.approx((200 * 0.02 - 5) ** 2, rel=1e-12)
+    assert averaged == pytest.approx((0.02 - 5) ** 2, rel=1e-12)
+    assert summed == pytest.approx(200**2 * loss_on(plugins, "ipo beta=20", recorded), rel=1e-12)
 
 
 def test_ld_dpo_on_one_side_only_is_not_log_2_at_the_start(plugins):
