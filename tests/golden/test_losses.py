@@ -1,9 +1,9 @@
 """Where the numbers of each offline method come from.
 
 Every loss that TRL 1.16 has too is compared with what its trainers computed (see record_losses.py), from the same token
-log-probabilities; so are the cases where a peer computes something else, with what and why. The others are held to an
-optimum, an exact gradient, an enumeration or, where a paper gives nothing but its formula, to that formula typed again
-(`regression`).
+log-probabilities; so are the cases where a peer computes something else, with what and why: by their outputs where
+recorded, else by their formulas (peers.json). The others are held to an optimum, an exact gradient, an enumeration or,
+where a paper gives nothing but its formula, to that formula typed again (`regression`).
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from prefopt.testing.synthetic import context
 
 RECORD = json.loads((Path(__file__).parent / "trl_losses.json").read_text("utf-8"))
 LOSSES, INPUTS = RECORD["losses"], RECORD["inputs"]
+PEERS = json.loads((Path(__file__).parent / "peers.json").read_text("utf-8"))
 SAME = [name for name in LOSSES if "," not in name]
 
 
@@ -197,6 +198,77 @@ def test_the_count_of_moved_tokens_makes_halos_s_ipo_undefined_at_the_start_and_
     assert made(plugins, "ipo").loss(same, policy).value.item() == pytest.approx(25.0)
 
 
+# --- peers' dialects: ours, theirs and why, in peers.json -------------------------------------------------------------
+
+
+def mean_nll(margins: list[float]) -> float:
+    return sum(math.log(1 + math.exp(-m)) for m in margins) / len(margins)
+
+
+def pairwise(values: list[float]) -> list[tuple[float, float]]:
+    return list(zip(values[::2], values[1::2], strict=True))
+
+
+def log_ratios(policy: list[list[float]], reference: list[list[float]]) -> list[float]:
+    return [sum(p) - sum(r) for p, r in zip(policy, reference, strict=True)]
+
+
+def sides(recorded: Mapping[str, Any]) -> list[tuple[float, float]]:
+    """The log-ratios of both sides of each pair."""
+    found = log_ratios(recorded["logps"], recorded["reference"])
+    return list(zip(found[: len(found) // 2], found[len(found) // 2 :], strict=True))
+
+
+def shifted_bco(recorded: Mapping[str, Any]) -> float:
+    seen = sides(recorded["before"]) + sides(recorded)
+    shift = sum(0.1 * (a + b) / 2 for a, b in seen) / len(seen)
+    now = [(0.1 * a - shift, 0.1 * b - shift) for a, b in sides(recorded)]
+    return mean_nll([a for a, _ in now]) + mean_nll([-b for _, b in now])
+
+
+def summed_wpo(recorded: Mapping[str, Any]) -> float:
+    ((chosen, rejected),) = sides(recorded)
+    return math.exp(sum(map(sum, recorded["logps"]))) * mean_nll([0.1 * (chosen - rejected)])
+
+
+def inverse_alpha(recorded: Mapping[str, Any]) -> float:
+    return mean_nll([0.1 * (math.exp(-0.25 * b) - math.exp(-0.25 * a)) / 0.25 for a, b in sides(recorded)])
+
+
+def token_rpo(recorded: Mapping[str, Any]) -> float:
+    chosen = [x for row in recorded["logps"][: len(recorded["logps"]) // 2] for x in row]
+    return mean_nll([0.1 * (a - b) for a, b in sides(recorded)]) - sum(chosen) / len(chosen)
+
+
+def moved_kto(recorded: Mapping[str, Any]) -> float:
+    moved = [x for x in log_ratios(recorded["probe_logps"], recorded["probe_reference"]) if x != 0]
+    z = max(0.0, sum(moved) / len(moved))
+    own = zip(log_ratios(recorded["logps"], recorded["reference"]), recorded["label"], strict=True)
+    heights = [0.1 * (x - z) * (1 if good else -1) for x, good in own]
+    return sum(1 / (1 + math.exp(h)) for h in heights) / len(heights)
+
+
+def sigmoid_hinge(recorded: Mapping[str, Any]) -> float:
+    return mean_nll([0.1 * (a - b) for a, b in sides(recorded)])
+
+
+DIALECTS = {
+    "bco_pair": shifted_bco,
+    "wpo": summed_wpo,
+    "f_dpo divergence=alpha alpha=0.25": inverse_alpha,
+    "rpo": token_rpo,
+    "kto": moved_kto,
+    "hinge": sigmoid_hinge,
+}
+
+
+@pytest.mark.parametrize("entry", PEERS, ids=[entry["method"].split()[0] for entry in PEERS])
+def test_a_peer_s_dialect_has_another_value_than_ours(plugins, entry):
+    assert loss_on(plugins, entry["method"], entry["inputs"]) == pytest.approx(entry["ours"], rel=1e-6)
+    assert DIALECTS[entry["method"]](entry["inputs"]) == pytest.approx(entry["theirs"], rel=1e-6)
+    assert abs(entry["ours"] - entry["theirs"]) > 1e-3
+
+
 # --- methods that no peer computes ------------------------------------------------------------------------------------
 
 ORACLES = {
@@ -229,14 +301,6 @@ def three_pairs() -> tuple[Batch, Policy]:
     margin = torch.tensor(MARGINS, dtype=torch.double).repeat_interleave(2)
     batch = batch.with_columns(margin=margin, old_logps=padded(LOGPS))
     return batch, Policy({"logps": padded(LOGPS), "token_kl": padded(DIVERGENCE)})
-
-
-def mean_nll(margins: list[float]) -> float:
-    return sum(math.log(1 + math.exp(-m)) for m in margins) / len(margins)
-
-
-def pairwise(values: list[float]) -> list[tuple[float, float]]:
-    return list(zip(values[::2], values[1::2], strict=True))
 
 
 EXPECTED = {
