@@ -29,6 +29,7 @@ def test_in_five_minutes_each_method_is_above_sft_beyond_doubt(tmp_path):
     report = Report.model_validate_json((tmp_path / "out/report.json").read_text("utf-8"))
     gold = {line.label: line.metrics["gold_reward"] for line in report.summary}
     assert {line.n for line in report.summary} == {3}
-    for label in ("DPO", "IPO", "KTO", "SimPO", "ORPO"):
+    assert len(gold) == 12
+    for label in gold.keys() - {"SFT"}:
         assert gold[label].low > gold["SFT"].high, label
     assert seconds < 300
