@@ -31,7 +31,7 @@ class WPO(PairMethod):
     dialect = f"`sampled` alignment of weights, constant in the gradient. {PairMethod.dialect}"
     differences = (
         "TRL 1.16 (`use_weighting`) computes the same; with its `sft` loss in the list it raises.",
-        "open-instruct sums log-probabilities in ω and lets the gradient through.",
+        "open-instruct sums log-probabilities in ω, leaves the collision term out, and lets the gradient through.",
     )
 
     def needs(self) -> Needs:
