@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 from prefopt import api, hookspecs
 from prefopt.batch import COLUMNS, CONSTANT, OUTPUTS, Draw
 from prefopt.bench.judging.page import METRICS
-from prefopt.bench.report import HEADLINE, TITLES, Report, name_of, notes, shown
+from prefopt.bench.report import Report, headline, name_of, notes, shown
 from prefopt.cli.app import app
 from prefopt.components import Algorithm, RolloutAlgorithm
 from prefopt.config.judging import JudgingConfig
@@ -242,10 +242,11 @@ def _below(one: Interval, other: Interval) -> bool:
 def results(name: str) -> str:
     """The table of a committed report."""
     report = Report.model_validate_json((ROOT / f"benchmarks/results/{name}.json").read_text("utf-8"))
-    header = ["method", *(TITLES[key] for key in HEADLINE), "tokens trained", "tokens sampled"]
+    names = headline(report)
+    header = ["method", *names.values(), "tokens trained", "tokens sampled"]
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     for summary in report.summary:
-        cells = [name_of(summary), *(shown(summary.metrics.get(key)) for key in HEADLINE)]
+        cells = [name_of(summary), *(shown(summary.metrics.get(key)) for key in names)]
         cells += [f"{summary.budget[key]:,.0f}" for key in ("tokens_backward", "tokens_sampled")]
         lines.append("| " + " | ".join(cells) + " |")
     versions = report.cells[0].versions

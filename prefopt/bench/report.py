@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 from base64 import b64encode
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
@@ -169,17 +169,25 @@ def _interval(name: str, cells: Sequence[CellResult]) -> Interval:
 # --- as a table ------------------------------------------------------------------------------------------------------
 
 
+def headline(report: Report) -> dict[str, str]:
+    """The metrics that come first, each with its title; where no row has one of them, all there are."""
+    there = dict.fromkeys(name for summary in report.summary for name in summary.metrics)
+    first = [name for name in HEADLINE if name in there] or list(there)
+    return {name: TITLES.get(name, name.replace("_", " ")) for name in first}
+
+
 def table(report: Report) -> list[str]:
     """The headline metrics with their intervals, aligned for a terminal."""
-    header = ["method", *(TITLES[name] for name in HEADLINE), "tokens trained", "sampled", "seconds"]
-    rows = [header, *(_row(summary, len(report.seeds)) for summary in report.summary)]
+    names = headline(report)
+    header = ["method", *names.values(), "tokens trained", "sampled", "seconds"]
+    rows = [header, *(_row(summary, names, len(report.seeds)) for summary in report.summary)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return [lines[0], "-" * len(lines[0]), *lines[1:], "", *notes(report)]
 
 
-def _row(summary: Summary, seeds: int) -> list[str]:
-    cells = [shown(summary.metrics.get(name)) for name in HEADLINE]
+def _row(summary: Summary, names: Iterable[str], seeds: int) -> list[str]:
+    cells = [shown(summary.metrics.get(name)) for name in names]
     budget = summary.budget
     tokens = [f"{budget['tokens_backward']:,.0f}", f"{budget['tokens_sampled']:,.0f}"]
     fewer = f", {summary.n} of {seeds} seeds" if summary.n != seeds else ""
@@ -241,7 +249,7 @@ def to_html(report: Report) -> str:
     environment.filters.update(shown=shown, name_of=name_of, plain=printable)
     style = environment.get_template("report.css").render()
     style_hash = b64encode(sha256(style.encode()).digest()).decode()
-    headline = [(name, TITLES[name]) for name in HEADLINE]
+    columns = list(headline(report).items())
     gold = [Point(name_of(s), s.metrics["gold_reward"]) for s in report.summary if "gold_reward" in s.metrics]
     frontier = [
         Point(name_of(s), s.metrics["gold_reward"], s.metrics["kl_sequence"])
@@ -252,7 +260,7 @@ def to_html(report: Report) -> str:
     return page.render(
         report=report,
         style_hash=style_hash,
-        headline=headline,
+        headline=columns,
         notes=notes(report),
         others=_other_metrics(report),
         forest=forest(gold),
@@ -263,8 +271,8 @@ def to_html(report: Report) -> str:
 
 
 def _other_metrics(report: Report) -> list[str]:
-    names = dict.fromkeys(name for summary in report.summary for name in summary.metrics)
-    return [name for name in names if name not in HEADLINE]
+    names, first = dict.fromkeys(name for summary in report.summary for name in summary.metrics), headline(report)
+    return [name for name in names if name not in first]
 
 
 def _side_by_side(report: Report) -> list[tuple[str, list[tuple[str, Sample]]]]:

@@ -57,6 +57,17 @@ held_out: {{source: replies}}
 """
 
 
+def test_where_there_is_no_gold_reward_the_table_has_what_there_is():
+    whole = report()
+    metrics = {"preference_accuracy": interval(0.6), "implicit_accuracy": interval(0.5)}
+    told = whole.model_copy(update={"summary": [whole.summary[0].model_copy(update={"metrics": metrics})]})
+    header, _, row, *_ = table(told)
+    assert "preference accuracy" in header
+    assert "gold reward" not in header
+    assert "0.60 [0.50, 0.70]" in row
+    assert "<th>preference accuracy</th>" in to_html(told)
+
+
 def test_what_judges_took_is_told_beside_tokens_and_summed_over_seeds():
     usage = ({"calls": 300.0, "cost": 0.5}, {"calls": 100.0}, {})
     cells = [
