@@ -222,8 +222,11 @@ def notes(report: Report) -> list[str]:
         spread = "mean over 2 seeds, too few for an interval"
     elif any(summary.n != seeds for summary in report.summary):
         spread += ", over fewer where a row says so"
-    baseline = report.configuration["baseline"]
-    lines = [f"{spread}; win rate and KL are against `{baseline}`, whose own cost is not counted; length in tokens."]
+    baseline, names = report.configuration["baseline"], headline(report)
+    compared = f"win rate and KL are against `{baseline}`, whose own cost is not counted"
+    alone = f"the cost of `{baseline}` itself is not counted"
+    against = compared if {"win_rate", "kl_sequence"} & names.keys() else alone
+    lines = [f"{spread}; {against}{'; length in tokens' if 'length' in names else ''}."]
     if any(method.get("best_of") for method in report.configuration["methods"]):
         lines.append("KL of best-of-n is the upper bound log n - (n - 1)/n; it samples n replies for each answer.")
     return [*lines, *_asked(report)]

@@ -66,6 +66,7 @@ def test_where_there_is_no_gold_reward_the_table_has_what_there_is():
     assert "gold reward" not in header
     assert "0.60 [0.50, 0.70]" in row
     assert "<th>preference accuracy</th>" in to_html(told)
+    assert notes(told)[0].endswith("Student t]; the cost of `sft` itself is not counted.")
 
 
 def test_what_judges_took_is_told_beside_tokens_and_summed_over_seeds():

@@ -274,7 +274,7 @@ def test_what_belonged_to_other_replies_is_not_kept_and_what_is_a_user_s_is(stag
     row = {"prompt": "p", "completion": "good", "preference": 0.2, "margin": 3, "raters": ["a"], "draft": "mine"}
     Path("own.jsonl").write_text(json.dumps(row) + "\n")
     made, (told,), _ = stage("sample", data={"source": "jsonl", "path": "own.jsonl"}, self_play=True)
-    assert told.keys() == {"prompt", "chosen", "rejected", "draft", "place", "drawn"} - {"place"}
+    assert told.keys() == {"prompt", "chosen", "rejected", "draft", "drawn"}
     (row,) = load().find("data source", "jsonl")(path=str(made.path)).rows()
     assert (row.chosen.text, row.preference, row.margin) == ("good", 1.0, None)
 
