@@ -22,6 +22,7 @@ from prefopt.engine.lora import adapted
 from prefopt.engine.noise import Change, changing
 from prefopt.engine.ranks import unwrap
 from prefopt.engine.recompute import recomputing
+from prefopt.engine.shortrows import ShortRows
 from prefopt.errors import ConfigError
 
 LINEAR = frozenset({"logps", "entropy", "collision_entropy"})
@@ -110,7 +111,7 @@ class Scorer(nn.Module):
 
         Positions past a completion hold 0. `noise` is that of this network alone: reference and critic have none.
         """
-        with recomputing(self.recomputed), changing(self.network, noise):
+        with recomputing(self.recomputed), changing(self.network, noise), self._attention():
             if set(want) == {"scores"}:
                 return {"scores": self._scores(packed)}
             compute = self._tiled if self.paths.tiled else self._plain
@@ -118,6 +119,10 @@ class Scorer(nn.Module):
             if "values" in want and self.critic is not None:
                 found["values"] = self.critic._judged(packed).index_select(0, packed.source)
         return {name: packed.unpacked(x) for name, x in found.items()}
+
+    def _attention(self) -> AbstractContextManager[Any]:
+        """That of short rows on every path but the plain one. What is computed again must be computed the same way."""
+        return nullcontext() if self.paths.layout == "padded" or self.recomputed else ShortRows()
 
     def _plain(self, packed: Packed, want: Collection[str], temperature: float) -> dict[str, Tensor]:
         """From whole logits. [S] each."""

@@ -1,4 +1,4 @@
-"""Peak memory of a stretch of work, in a process that does many."""
+"""Memory of a process: what is freed is kept for what comes next, and the peak of a stretch of work."""
 
 from __future__ import annotations
 
@@ -11,6 +11,17 @@ import torch
 _STATUS = Path("/proc/self/status")
 _RESET = Path("/proc/self/clear_refs")
 _LIBC = ctypes.CDLL(None)
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+KEPT_BYTES = 1 << 30
+
+
+def keep_freed() -> None:
+    """Blocks below `KEPT_BYTES` are not given back to the system when they are freed: to get them again would cost a
+    page fault for every 4 KiB, about a tenth of a training step on a CPU. Without effect where the C library is not
+    glibc."""
+    if hasattr(_LIBC, "mallopt"):
+        _LIBC.mallopt(_MMAP_THRESHOLD, KEPT_BYTES)
+        _LIBC.mallopt(_TRIM_THRESHOLD, KEPT_BYTES)
 
 
 def reset_peak(device: torch.device) -> None:

@@ -10,6 +10,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object, reduce
 from torch import Tensor, nn
 
+from prefopt.engine.memory import keep_freed
 from prefopt.errors import ResourceError
 
 T = TypeVar("T")
@@ -30,6 +31,7 @@ class Ranks:
         self.device = torch.device(self.state.device if self.world > 1 else "cpu" if cpu else "cuda")
         torch.use_deterministic_algorithms(self.device.type == "cpu")
         if self.device.type == "cpu":
+            keep_freed()
             torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
     @property

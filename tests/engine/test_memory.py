@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import os
+import resource
+import sys
 
 import pytest
 import torch
 
-from prefopt.engine.memory import peak_bytes, reset_peak
+from prefopt.engine.memory import keep_freed, peak_bytes, reset_peak
 
 CPU = torch.device("cpu")
 
@@ -18,3 +20,17 @@ def test_a_peak_forgets_what_came_before_it():
     assert peak_bytes(CPU) - before > 60 * 2**20
     reset_peak(CPU)
     assert peak_bytes(CPU) - before < 8 * 2**20
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="pages are counted as Linux does")
+def test_what_is_freed_costs_no_page_faults_when_it_is_asked_for_again():
+    keep_freed()
+
+    def faults() -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for size in (2**24, 2**22, 2**23):
+            torch.ones(size)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    found = [faults() for _ in range(8)]
+    assert found[-1] < 2**24 * 4 / resource.getpagesize() / 100

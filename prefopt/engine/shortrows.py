@@ -1,0 +1,106 @@
+"""Attention over short rows on a CPU. Knows queries, keys, values and a mask; no model.
+
+PyTorch's kernel goes through attention block by block, which saves memory in long rows. In short ones the weights are
+small, and whole products of them take about half the time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
+
+LONGEST = 320
+"""Tokens of a row from which on PyTorch's kernel is as fast."""
+
+
+class ShortRows(TorchFunctionMode):
+    """Within it, `scaled_dot_product_attention` over short rows in float32 on a CPU is computed from whole matrices of
+    weights: the same numbers up to rounding. It is for one forward pass, of few masks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.biases: dict[int, Tensor] = {}
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        named = kwargs or {}
+        if func is scaled_dot_product_attention and _short(*args, **named):
+            return self._attention(*args, **named)
+        return func(*args, **named)
+
+    def _attention(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        if id(attn_mask) not in self.biases:
+            self.biases[id(attn_mask)] = _bias(attn_mask, query.shape[-2])
+        size = query.shape[-1] ** -0.5 if scale is None else scale
+        return _Attention.apply(query, key, value, self.biases[id(attn_mask)], size)  # type: ignore[no-any-return,no-untyped-call]
+
+
+def _short(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> bool:
+    """Whether this is one of the calls that whole matrices answer sooner: causal, or under one mask for all heads."""
+    if query.device.type != "cpu" or {query.dtype, key.dtype, value.dtype} != {torch.float32} or dropout_p:
+        return False
+    known = is_causal if attn_mask is None else attn_mask.dtype == torch.bool and attn_mask.shape[-3:-2] == (1,)
+    return known and query.dim() == 4 and key.shape[-2] == query.shape[-2] <= LONGEST
+
+
+def _bias(mask: Tensor | None, tokens: int) -> Tensor:
+    """0 where a token may look, the lowest number elsewhere. [R or 1, 1, T, T]"""
+    visible = torch.ones(1, 1, tokens, tokens, dtype=torch.bool).tril_() if mask is None else mask
+    return torch.zeros(visible.shape).masked_fill_(~visible, torch.finfo(torch.float32).min)
+
+
+class _Attention(torch.autograd.Function):
+    """Queries [R, H, T, D], keys and values [R, K, T, D], K a divisor of H: heads that share keys are rows of one
+    product."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float) -> Tensor:
+        (rows, heads, tokens, _), groups = query.shape, key.shape[0] * key.shape[1]
+        q, k, v = (x.reshape(groups, -1, x.shape[-1]) for x in (query, key, value))
+        weights = torch.baddbmm(q.new_zeros(()), q, k.transpose(1, 2), beta=0, alpha=scale)
+        weights.view(rows, heads, tokens, tokens).add_(bias)
+        torch.ops.aten._softmax.out(weights, -1, False, out=weights)
+        ctx.save_for_backward(q, k, v, weights)
+        ctx.scale, ctx.shapes = scale, (query.shape, key.shape, value.shape)
+        return torch.bmm(weights, v).view(rows, heads, tokens, v.shape[-1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, weights = ctx.saved_tensors
+        by_output = grad.reshape(*q.shape[:2], v.shape[-1])
+        by_weights = torch.bmm(by_output, v.transpose(1, 2))
+        torch.ops.aten._softmax_backward_data.out(by_weights, weights, -1, weights.dtype, grad_input=by_weights)
+        by_weights.mul_(ctx.scale)
+        slopes = (
+            torch.bmm(by_weights, k),
+            torch.bmm(by_weights.transpose(1, 2), q),
+            torch.bmm(weights.transpose(1, 2), by_output),
+        )
+        return (*(x.view(shape) for x, shape in zip(slopes, ctx.shapes, strict=True)), None, None)
