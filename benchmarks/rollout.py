@@ -89,9 +89,12 @@ def continuous(model: Any, prompts: Prompts, most: int, greedy: bool, slots: int
 def work(options: argparse.Namespace) -> None:
     """One block of one side: prints what it took."""
     from prefopt.engine.models import open_model
+    from prefopt.engine.ranks import Ranks
 
-    torch.set_num_threads(options.threads)
     side, kind = options.work
+    if side == "prefopt":
+        Ranks("cpu", options.threads)  # a run begins with it
+    torch.set_num_threads(options.threads)
     model: Any = open_model(str(options.workload / "model"), torch.device("cpu"))
     greedy = kind == "greedy"
     prompts = read_prompts(options.workload, options.prompts, 1 if greedy else options.samples)
