@@ -1,13 +1,14 @@
 """Sampling: prefopt's continuous batching and transformers' `generate` as TRL calls it, with one model and prompts.
 
-    python benchmarks/rollout.py WORKLOAD OUT.json [--prompts 8] [--samples 8] [--slots 64] [--blocks 3]
+    python benchmarks/rollout.py WORKLOAD OUT.json [--prompts 8] [--samples 8] [--slots 64] [--blocks 3] [--vllm PYTHON]
 
 WORKLOAD is made by `compare/workload.py`. `generate` gets n copies of every prompt, padded on the left, and goes on
 until the longest completion ends. Greedy texts of both sides are compared first and must be equal. Then blocks
 alternate, each in a process of its own. *uneven*: an untrained model hardly ever ends by itself, so a constant is added
 to the end's logit on both sides that makes MEAN tokens the mean length, a geometric distribution cut at LONGEST.
 *equal*: no completion ends before EQUAL tokens. What counts are tokens of completions, with their end, without padding,
-by the clock and by the processor time of the process, which a busy machine disturbs less.
+by the clock and by the processor time of the process, which a busy machine disturbs less. With `--vllm` its CPU build
+continues the same prompts to the lengths that our side had drawn, in turn with ours.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import random
 import resource
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from statistics import median
@@ -31,6 +33,7 @@ PROMPT = 192
 SIZES = {"prompts": 8, "samples": 8, "slots": 64, "threads": 2}
 CLOCKS = ("seconds", "cpu_seconds")
 SIDES = ("prefopt", "generate")
+KINDS = ("uneven", "equal")
 Prompts = list[tuple[int, ...]]
 
 
@@ -107,7 +110,8 @@ def work(options: argparse.Namespace) -> None:
     texts = draw(model, prompts, most, greedy, *more)
     found = {"seconds": time.perf_counter() - began, "cpu_seconds": time.process_time() - busy}
     found |= {"tokens": sum(map(len, texts)), "longest": max(map(len, texts)), "peak_mb": peak_mb()}
-    print(json.dumps({**found, "before_mb": before, "texts": texts if greedy else []}))
+    drawn = {"texts": texts} if greedy else {"prompts": prompts, "lengths": [len(text) for text in texts]}
+    print(json.dumps({**found, "before_mb": before, "drawn": drawn}))
 
 
 def peak_mb() -> float:
@@ -118,6 +122,11 @@ def block(options: argparse.Namespace, side: str, kind: str) -> dict[str, Any]:
     """Runs one in a process of its own."""
     sizes = [f"--{name}={getattr(options, name)}" for name in SIZES]
     command = [sys.executable, __file__, str(options.workload), str(options.out), *sizes, "--work", side, kind]
+    return told(options, command)[-1]
+
+
+def told(options: argparse.Namespace, command: list[str]) -> list[dict[str, Any]]:
+    """What a process of its own says, line by line."""
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": str(options.threads),
@@ -125,7 +134,7 @@ def block(options: argparse.Namespace, side: str, kind: str) -> dict[str, Any]:
         "TOKENIZERS_PARALLELISM": "false",
     }
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
 
 def compare(options: argparse.Namespace, kind: str) -> dict[str, Any]:
@@ -133,15 +142,41 @@ def compare(options: argparse.Namespace, kind: str) -> dict[str, Any]:
     blocks: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
     for _ in range(options.blocks):
         for side in SIDES:
-            found = block(options, side, kind)
-            blocks[side].append({name: x for name, x in found.items() if name != "texts"})
-            rates = [found["tokens"] / found[clock] for clock in CLOCKS]
-            print(f"{kind} {side}: {rates[0]:.0f} tokens/s, {rates[1]:.0f} by CPU time", flush=True)
-    found: dict[str, Any] = {"peak_mb": {side: median(b["peak_mb"] for b in blocks[side]) for side in SIDES}}
+            keep(blocks, side, kind, block(options, side, kind))
+    return compared(blocks)
+
+
+def compare_vllm(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """The same against vLLM, which gets both kinds in one process, for it takes a minute to start."""
+    found: dict[str, dict[str, list[dict[str, Any]]]] = {kind: {"prefopt": [], "vllm": []} for kind in KINDS}
+    for _ in range(options.blocks):
+        mine = [block(options, "prefopt", kind) for kind in KINDS]
+        with tempfile.TemporaryDirectory() as folder:
+            jobs = Path(folder) / "jobs.json"
+            jobs.write_text(json.dumps([one["drawn"] for one in mine]))
+            script = Path(__file__).with_name("rollout_vllm.py")
+            theirs = told(options, [str(options.vllm), str(script), str(options.workload / "model"), str(jobs)])
+        for kind, *both in zip(KINDS, mine, theirs, strict=True):
+            for side, one in zip(("prefopt", "vllm"), both, strict=True):
+                keep(found[kind], side, kind, one)
+    return {kind: compared(blocks) for kind, blocks in found.items()}
+
+
+def keep(blocks: dict[str, list[dict[str, Any]]], side: str, kind: str, found: dict[str, Any]) -> None:
+    """Adds a block to those of its side, without what was drawn, and prints its speed."""
+    blocks[side].append({name: x for name, x in found.items() if name != "drawn"})
+    rates = [found["tokens"] / found[clock] for clock in CLOCKS]
+    print(f"{kind} {side}: {rates[0]:.0f} tokens/s, {rates[1]:.0f} by CPU time", flush=True)
+
+
+def compared(blocks: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """Medians of each side, and the ratios of ours to the other's."""
+    ours, other = blocks
+    found: dict[str, Any] = {"peak_mb": {side: median(b["peak_mb"] for b in blocks[side]) for side in blocks}}
     for clock in CLOCKS:
-        rates = {side: [b["tokens"] / b[clock] for b in blocks[side]] for side in SIDES}
-        ratios = [a / b for a, b in zip(rates["prefopt"], rates["generate"], strict=True)]
-        middle = {side: median(rates[side]) for side in SIDES}
+        rates = {side: [b["tokens"] / b[clock] for b in blocks[side]] for side in blocks}
+        ratios = [a / b for a, b in zip(rates[ours], rates[other], strict=True)]
+        middle = {side: median(rates[side]) for side in blocks}
         found[f"tokens_by_{clock}"] = {**middle, "ratio": median(ratios), "ratios": ratios}
     return {**found, "blocks": blocks}
 
@@ -152,17 +187,19 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     for name, default in (SIZES | {"blocks": 3}).items():
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--vllm", type=Path, help="the interpreter of an environment with vLLM")
     parser.add_argument("--work", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.work:
         work(options)
         return
-    texts = [block(options, side, "greedy")["texts"] for side in SIDES]
+    texts = [block(options, side, "greedy")["drawn"]["texts"] for side in SIDES]
     if texts[0] != texts[1]:
         raise SystemExit("the greedy texts of both sides differ")
     settings = {"mean": MEAN, "longest": LONGEST, "equal": EQUAL}
     settings |= {name: getattr(options, name) for name in SIZES} | {"torch": torch.__version__}
-    found = {"settings": settings, **{kind: compare(options, kind) for kind in ("uneven", "equal")}}
+    found = {"settings": settings, **{kind: compare(options, kind) for kind in KINDS}}
+    found |= {"against_vllm": compare_vllm(options)} if options.vllm else {}
     options.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 

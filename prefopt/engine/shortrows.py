@@ -25,7 +25,7 @@ class ShortRows(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.biases: dict[int, Tensor] = {}
+        self.biases: dict[int, tuple[Tensor | None, Tensor]] = {}
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -46,10 +46,14 @@ class ShortRows(TorchFunctionMode):
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
-        if id(attn_mask) not in self.biases:
-            self.biases[id(attn_mask)] = _bias(attn_mask, query.shape[-2])
         size = query.shape[-1] ** -0.5 if scale is None else scale
-        return _Attention.apply(query, key, value, self.biases[id(attn_mask)], size)  # type: ignore[no-any-return,no-untyped-call]
+        return _Attention.apply(query, key, value, self._bias(attn_mask, query.shape[-2]), size)  # type: ignore[no-any-return,no-untyped-call]
+
+    def _bias(self, mask: Tensor | None, tokens: int) -> Tensor:
+        """Made once for each mask, which is kept: what its number stands for must not change."""
+        if id(mask) not in self.biases:
+            self.biases[id(mask)] = mask, _bias(mask, tokens)
+        return self.biases[id(mask)][1]
 
 
 def _short(

@@ -1,0 +1,43 @@
+"""vLLM's side of `rollout.py`, run by the interpreter of its own environment (`servers/make_venv.sh`).
+
+    python rollout_vllm.py MODEL JOBS.json
+
+JOBS.json has lists of prompts, as token ids, and how many tokens each is to be continued by. One line of JSON for each
+job says what it took: eager, float32, without log-probabilities, prompts that occur several times shared by its cache.
+"""
+
+import json
+import os
+import resource
+import sys
+import time
+from pathlib import Path
+
+os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "DO_NOT_TRACK": "1"}
+os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+
+from vllm import LLM, SamplingParams
+
+
+def main() -> None:
+    model, jobs = sys.argv[1], json.loads(Path(sys.argv[2]).read_text())
+    longest = max(len(p) + n for job in jobs for p, n in zip(job["prompts"], job["lengths"], strict=True))
+    llm = LLM(model=model, dtype="float32", enforce_eager=True, max_model_len=longest + 1, disable_log_stats=True)
+    for job in jobs:
+        prompts = [{"prompt_token_ids": prompt} for prompt in job["prompts"]]
+        params = [
+            SamplingParams(temperature=1.0, max_tokens=n, ignore_eos=True, detokenize=False) for n in job["lengths"]
+        ]
+        llm.generate(prompts[:2], [SamplingParams(max_tokens=2)] * 2, use_tqdm=False)
+        llm.reset_prefix_cache()
+        began, busy = time.perf_counter(), time.process_time()
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+        found = {"seconds": time.perf_counter() - began, "cpu_seconds": time.process_time() - busy}
+        tokens = [len(output.outputs[0].token_ids) for output in outputs]
+        assert tokens == job["lengths"]
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        print(json.dumps({**found, "tokens": sum(tokens), "longest": max(tokens), "peak_mb": peak}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
