@@ -1,6 +1,6 @@
 """prefopt and TRL side by side: equality first, then interleaved blocks of steps on the same pairs.
 
-    python benchmarks/compare/compare.py WORKLOAD PEER_PYTHON OUT.json [--methods dpo,sft,reward_model] [--blocks 5]
+    python benchmarks/compare/compare.py WORKLOAD PEER_PYTHON OUT.json [--methods dpo,sft,reward_model] [--blocks 5] [--rows 1,2,4,8]
 
 WORKLOAD is made by `workload.py`, PEER_PYTHON is the interpreter of the environment made by `make_venv.sh`. TRL runs
 in its default layout (the whole step in one forward pass) and at its best: the fastest of several numbers of rows at a
@@ -113,6 +113,11 @@ def whole(method: str) -> int:
     return PROMPTS * SAMPLES if method in BETA else max(MICRO)
 
 
+def usual(method: str) -> Sequence[int]:
+    """Rows at a time to try unless others are named."""
+    return MICRO_ONLINE if method in BETA else MICRO
+
+
 def same_draws(workload: Path, folder: Path) -> tuple[list[str], list[str]]:
     """What makes both sides learn from the same draws and the same reference, a random model other than the policy.
 
@@ -162,11 +167,10 @@ def equality(python: str, workload: Path, method: str) -> dict[str, float]:
     return found
 
 
-def tried(python: str, workload: Path, method: str) -> dict[int, float]:
+def tried(python: str, workload: Path, method: str, rows: Sequence[int]) -> dict[int, float]:
     """Seconds of a step of TRL by the rows at a time that it accepts: two steps after one to warm up."""
     seconds = {}
-    sizes = MICRO_ONLINE if method in BETA else MICRO
-    for micro in (m for m in sizes if m not in REFUSED.get(method, ())):
+    for micro in (m for m in rows or usual(method) if m not in REFUSED.get(method, ())):
         with peer(python, workload, method, 3, micro, "best") as side:
             side.train(1)
             seconds[micro] = median(side.train(2))
@@ -209,10 +213,10 @@ def needed_gflop(workload: Path, method: str, steps: Sequence[int]) -> float:
     return sum(work(size * step + i) for step in steps for i in range(size)) / len(steps) / 1e9
 
 
-def compare(python: str, workload: Path, method: str, blocks: int) -> dict[str, Any]:
+def compare(python: str, workload: Path, method: str, blocks: int, rows: Sequence[int]) -> dict[str, Any]:
     print(f"{method}: equality", flush=True)
     equal = equality(python, workload, method)
-    searched = tried(python, workload, method)
+    searched = tried(python, workload, method, rows)
     micro = min(searched, key=searched.__getitem__)
     total = STEPS * (blocks + 1)
     sides = [
@@ -256,10 +260,12 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--methods", default="dpo,sft,reward_model")
     parser.add_argument("--blocks", type=int, default=5)
+    parser.add_argument("--rows", default="", help="rows at a time to try for TRL's best (default: several)")
     options = parser.parse_args()
     results = json.loads(options.out.read_text("utf-8")) if options.out.exists() else {}
+    rows = [int(n) for n in options.rows.split(",") if n]
     for method in options.methods.split(","):
-        results[method] = result = compare(options.python, options.workload, method, options.blocks)
+        results[method] = result = compare(options.python, options.workload, method, options.blocks, rows)
         options.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
         for name, found in result["sides"].items():
             times = result["times_slower_than_prefopt"][name]

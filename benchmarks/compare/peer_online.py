@@ -16,9 +16,13 @@ from reward import letters
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from worker import BETA, SAMPLES, TOKENS
 
+PUBLISHED = {"loss_type": "grpo", "scale_rewards": "group", "use_bias_correction_kl": False}
+"""GRPO as published. TRL's own default is another loss, `dapo`, and multiplies the KL term by the ratio, which changes its
+gradient at once."""
+
 
 def online(path: Path, method: str, common: dict[str, Any], data: Dataset, callback: Any) -> Any:
-    """GRPO as published (TRL's own default is another loss, `dapo`), or RLOO as TRL has it; an update for each draw."""
+    """GRPO as published, or RLOO as TRL has it; an update for each draw."""
     import trl
 
     make, config = (trl.GRPOTrainer, trl.GRPOConfig) if method == "grpo" else (trl.RLOOTrainer, trl.RLOOConfig)
@@ -30,7 +34,7 @@ def online(path: Path, method: str, common: dict[str, Any], data: Dataset, callb
         "beta": BETA[method],
         "shuffle_dataset": False,
         "generation_kwargs": {"eos_token_id": never},
-        **({"loss_type": "grpo", "scale_rewards": "group"} if method == "grpo" else {}),
+        **(PUBLISHED if method == "grpo" else {}),
     }
     reader = AutoTokenizer.from_pretrained(path)
     args = config(**common, **settings)
