@@ -7,8 +7,8 @@ until the longest completion ends. Greedy texts of both sides are compared first
 alternate, each in a process of its own. *uneven*: an untrained model hardly ever ends by itself, so a constant is added
 to the end's logit on both sides that makes MEAN tokens the mean length, a geometric distribution cut at LONGEST.
 *equal*: no completion ends before EQUAL tokens. What counts are tokens of completions, with their end, without padding,
-by the clock and by the processor time of the process, which a busy machine disturbs less. With `--vllm` its CPU build
-continues the same prompts to the lengths that our side had drawn, in turn with ours.
+by the clock and by the processor time of the process, which a busy machine disturbs less. With `--vllm` the
+other side is its CPU build, which continues the same prompts to the lengths that ours had drawn; OUT keeps the rest.
 """
 
 from __future__ import annotations
@@ -146,6 +146,14 @@ def compare(options: argparse.Namespace, kind: str) -> dict[str, Any]:
     return compared(blocks)
 
 
+def against_generate(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Equality first."""
+    texts = [block(options, side, "greedy")["drawn"]["texts"] for side in SIDES]
+    if texts[0] != texts[1]:
+        raise SystemExit("the greedy texts of both sides differ")
+    return {kind: compare(options, kind) for kind in KINDS}
+
+
 def compare_vllm(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """The same against vLLM, which gets both kinds in one process, for it takes a minute to start."""
     found: dict[str, dict[str, list[dict[str, Any]]]] = {kind: {"prefopt": [], "vllm": []} for kind in KINDS}
@@ -193,13 +201,13 @@ def main() -> None:
     if options.work:
         work(options)
         return
-    texts = [block(options, side, "greedy")["drawn"]["texts"] for side in SIDES]
-    if texts[0] != texts[1]:
-        raise SystemExit("the greedy texts of both sides differ")
     settings = {"mean": MEAN, "longest": LONGEST, "equal": EQUAL}
     settings |= {name: getattr(options, name) for name in SIZES} | {"torch": torch.__version__}
-    found = {"settings": settings, **{kind: compare(options, kind) for kind in KINDS}}
-    found |= {"against_vllm": compare_vllm(options)} if options.vllm else {}
+    found = json.loads(options.out.read_text("utf-8")) if options.out.exists() else {}
+    if options.vllm:
+        found["against_vllm"] = {"settings": settings, **compare_vllm(options)}
+    else:
+        found |= {"settings": settings, **against_generate(options)}
     options.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 

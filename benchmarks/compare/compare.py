@@ -1,6 +1,6 @@
 """prefopt and TRL side by side: equality first, then interleaved blocks of steps on the same pairs.
 
-    python benchmarks/compare/compare.py WORKLOAD PEER_PYTHON OUT.json [--methods dpo,sft,reward_model] [--blocks 5] [--rows 1,2,4,8]
+    python benchmarks/compare/compare.py WORKLOAD PEER_PYTHON OUT.json [--methods dpo,sft] [--blocks 5] [--rows 1,2,4,8]
 
 WORKLOAD is made by `workload.py`, PEER_PYTHON is the interpreter of the environment made by `make_venv.sh`. TRL runs
 in its default layout (the whole step in one forward pass) and at its best: the fastest of several numbers of rows at a

@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from worker import BETA, SAMPLES, TOKENS
 
 PUBLISHED = {"loss_type": "grpo", "scale_rewards": "group", "use_bias_correction_kl": False}
-"""GRPO as published. TRL's own default is another loss, `dapo`, and multiplies the KL term by the ratio, which changes its
-gradient at once."""
+"""GRPO as published. TRL's own default is another loss, `dapo`, and multiplies the KL term by the ratio, which changes
+its gradient at once."""
 
 
 def online(path: Path, method: str, common: dict[str, Any], data: Dataset, callback: Any) -> Any:

@@ -103,6 +103,7 @@ class Slots:
         self.device, self.dtype = vectors.device, vectors.dtype
         self.layers = [Layer(slots, capacity) for _ in range(self.config.num_hidden_layers)]
         self.cache = Cache(layers=self.layers)
+        self.few_rows = few_rows(self.device, self.dtype)
 
     @torch.no_grad()
     def read(self, prompts: List[tuple[int, ...]], slots: List[int]) -> None:
@@ -123,7 +124,7 @@ class Slots:
     @torch.no_grad()
     def advance(self, tokens: Tensor, positions: Tensor, width: int) -> Tensor:
         self._pass("extend", torch.arange(len(tokens), device=self.device), positions, width)
-        with few_rows(len(tokens), self.device, self.dtype):
+        with self.few_rows(len(tokens)):
             out = self.network(
                 input_ids=tokens[:, None],
                 attention_mask=masks(self.config, partial(_visible, positions, width)),

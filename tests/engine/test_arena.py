@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
@@ -11,7 +10,6 @@ from prefopt.builtin.continuous import Continuous
 from prefopt.builtin.samplers import Plain
 from prefopt.config import LoraConfig, ModelConfig
 from prefopt.engine.arena import Apart, Layer, Slots, arena, disagreement
-from prefopt.engine.fewrows import MOST, few_rows, linear
 from prefopt.engine.models import Model, load_causal, open_model
 from prefopt.testing.tiny import build_tiny
 
@@ -113,15 +111,6 @@ def test_memory_that_was_never_written_is_never_read(tiny_model):
     assert bool(logits.isfinite().all())
     with torch.no_grad():
         assert torch.allclose(logits[0], network(torch.tensor([[5, 6, 7, 8]])).logits[0, -1], atol=1e-5)
-
-
-@pytest.mark.parametrize("bias", [None, torch.arange(5.0)])
-def test_few_rows_give_the_same_products(bias):
-    x, w = torch.randn(3, 1, 7, generator=torch.Generator().manual_seed(0)), torch.ones(5, 7)
-    assert torch.allclose(linear(x, w, bias), torch.nn.functional.linear(x, w, bias), atol=1e-5)
-    for rows in (MOST, MOST + 1):
-        with few_rows(rows, CPU, torch.float32):
-            assert torch.allclose(torch.nn.functional.linear(x, w, bias=bias), linear(x, w, bias), atol=1e-5)
 
 
 def test_a_model_of_five_words_can_be_probed(tmp_path):
