@@ -280,7 +280,7 @@ def test_a_reward_is_at_work_while_replies_are_drawn(tiny_model, tmp_path, found
     assert Digits.calls == [2, 2, 2, 2]
 
 
-def test_a_reward_that_fails_ends_the_drawing_and_nothing_more_is_asked(tiny_model, tmp_path, found, monkeypatch):
+def test_a_reward_that_fails_ends_the_drawing(tiny_model, tmp_path, found, monkeypatch):
     drawn, failed = [], threading.Event()
 
     def score(self, groups):

@@ -16,18 +16,21 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, pad, scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
+from prefopt.engine.shortrows import Asked
+
 LEAST = 1 << 16
 """Numbers in a matrix that is worth packing."""
 
 
 class FewRows(TorchFunctionMode):
     """Within it, linear layers are computed from packed matrices and the attention of single tokens as whole products,
-    both in float32: the same numbers up to rounding. The parameters of the model must not change while it lives."""
+    both in float32: the same numbers up to rounding."""
 
     def __init__(self) -> None:
         super().__init__()
         self.rows = 0
-        self.packed: dict[int, Tensor] = {}
+        self.packed: dict[int, tuple[Tensor, int, Tensor]] = {}
+        """Each matrix, its version, and itself packed."""
 
     def of(self, rows: int) -> FewRows:
         """Itself, for products of so many rows. Matrices are packed for a number of rows, and fewer are filled up: they
@@ -42,8 +45,8 @@ class FewRows(TorchFunctionMode):
         named = kwargs or {}
         if func is linear:
             return self._linear(*args, **named)
-        if func is scaled_dot_product_attention and _single(*args, **named):
-            return _attention(*args, **named)
+        if func is scaled_dot_product_attention and _single(asked := Asked(*args, **named)):
+            return _attention(asked)
         return func(*args, **named)
 
     def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -51,45 +54,34 @@ class FewRows(TorchFunctionMode):
         lasts = isinstance(weight, nn.Parameter) and weight.numel() >= LEAST
         if not lasts or rows > self.rows or {input.dtype, weight.dtype} != {torch.float32}:
             return linear(input, weight, bias)
-        if id(weight) not in self.packed:
-            self.packed[id(weight)] = torch.ops.mkl._mkl_reorder_linear_weight(weight.detach(), self.rows)
         states = input.reshape(rows, -1)
         filled = states if rows == self.rows else pad(states, (0, 0, 0, self.rows - rows))
-        product = torch.ops.mkl._mkl_linear(filled, self.packed[id(weight)], weight.detach(), bias, self.rows)
+        product = torch.ops.mkl._mkl_linear(filled, self._packed(weight), weight.detach(), bias, self.rows)
         return product[:rows].view(*input.shape[:-1], -1)  # type: ignore[no-any-return]
 
-
-def _single(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> bool:
-    """Whether each row has one query, in float32, under one mask of bits for all heads."""
-    if attn_mask is None or attn_mask.dtype != torch.bool or attn_mask.shape[1:3] != (1, 1) or dropout_p:
-        return False
-    return query.dim() == 4 and query.shape[2] == 1 and query.dtype == torch.float32
+    def _packed(self, weight: Tensor) -> Tensor:
+        """Packed again when it has changed."""
+        known, version, packed = self.packed.get(id(weight), (None, 0, weight))
+        if known is not weight or version != weight._version:
+            packed = torch.ops.mkl._mkl_reorder_linear_weight(weight.detach(), self.rows)
+            self.packed[id(weight)] = weight, weight._version, packed
+        return packed
 
 
-def _attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
-    """Queries [n, H, 1, D], keys and values [n, K, T, D]: heads that share keys are rows of one product."""
-    n, heads, _, width = query.shape
-    q = query.reshape(n, key.shape[1], heads // key.shape[1], width) * (width**-0.5 if scale is None else scale)
-    weights = torch.matmul(q, key.transpose(2, 3)).masked_fill_(~attn_mask, torch.finfo(torch.float32).min)
-    return torch.matmul(weights.softmax(-1), value).reshape(n, heads, 1, value.shape[3])
+def _single(asked: Asked) -> bool:
+    """Whether one mask of bits holds for all queries of a row: there is one, or those of heads that share keys."""
+    mask = asked.attn_mask
+    masked = mask is not None and mask.dtype == torch.bool and mask.shape[1:3] == (1, 1)
+    return asked.plain and masked and asked.query.shape[2] * asked.query.shape[1] % asked.key.shape[1] == 0
+
+
+def _attention(asked: Asked) -> Tensor:
+    """Heads that share keys are rows of one product."""
+    assert asked.attn_mask is not None
+    n, heads, queries, width = asked.query.shape
+    q = asked.query.reshape(n, asked.key.shape[1], -1, width) * asked.factor
+    scores = torch.matmul(q, asked.key.transpose(2, 3)).masked_fill_(~asked.attn_mask, torch.finfo(torch.float32).min)
+    return torch.matmul(scores.softmax(-1), asked.value).reshape(n, heads, queries, -1)
 
 
 def few_rows(device: torch.device, dtype: torch.dtype) -> Callable[[int], AbstractContextManager[Any]]:

@@ -121,8 +121,10 @@ class Scorer(nn.Module):
         return {name: packed.unpacked(x) for name, x in found.items()}
 
     def _attention(self) -> AbstractContextManager[Any]:
-        """That of short rows on every path but the plain one. What is computed again must be computed the same way."""
-        return nullcontext() if self.paths.layout == "padded" or self.recomputed else ShortRows()
+        """That of short rows on a CPU, on every path but the plain one, and not where layers are computed again."""
+        device = next(self.network.parameters()).device
+        other = device.type != "cpu" or self.paths.layout == "padded" or self.recomputed
+        return nullcontext() if other else ShortRows()
 
     def _plain(self, packed: Packed, want: Collection[str], temperature: float) -> dict[str, Tensor]:
         """From whole logits. [S] each."""

@@ -15,13 +15,13 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 KEPT_BYTES = 1 << 30
 
 
-def keep_freed() -> None:
+def keep_freed() -> bool:
     """Blocks below `KEPT_BYTES` are not given back to the system when they are freed: to get them again would cost a
-    page fault for every 4 KiB, about a tenth of a training step on a CPU. Without effect where the C library is not
-    glibc."""
-    if hasattr(_LIBC, "mallopt"):
-        _LIBC.mallopt(_MMAP_THRESHOLD, KEPT_BYTES)
-        _LIBC.mallopt(_TRIM_THRESHOLD, KEPT_BYTES)
+    page fault for every 4 KiB, about a tenth of a training step on a CPU. False, and nothing is changed, where the C
+    library is not glibc or is too old to allow it."""
+    if not hasattr(_LIBC, "mallopt") or not _LIBC.mallopt(_MMAP_THRESHOLD, KEPT_BYTES):
+        return False
+    return bool(_LIBC.mallopt(_TRIM_THRESHOLD, KEPT_BYTES))
 
 
 def reset_peak(device: torch.device) -> None:

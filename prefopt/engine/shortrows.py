@@ -7,7 +7,7 @@ small, and whole products of them take about half the time.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +17,33 @@ from torch.overrides import TorchFunctionMode
 
 LONGEST = 320
 """Tokens of a row from which on PyTorch's kernel is as fast."""
+KEPT_BYTES = 32 << 20
+"""What the weights of one layer may take: they are kept for the backward pass, which PyTorch's kernel does without."""
+
+
+class Asked(NamedTuple):
+    """A call of `scaled_dot_product_attention`: queries [R, H, T, D], keys and values [R, K, T, D], K divides H."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    attn_mask: Tensor | None = None
+    dropout_p: float = 0.0
+    is_causal: bool = False
+    scale: float | None = None
+    enable_gqa: bool = False
+
+    @property
+    def factor(self) -> float:
+        """What scores are multiplied with."""
+        return float(self.query.shape[-1] ** -0.5 if self.scale is None else self.scale)
+
+    @property
+    def plain(self) -> bool:
+        """In float32 on a CPU, without dropout."""
+        tensors = (self.query, self.key, self.value)
+        same = all(x.device.type == "cpu" and x.dtype == torch.float32 and x.dim() == 4 for x in tensors)
+        return same and not self.dropout_p and not torch.is_autocast_enabled("cpu")
 
 
 class ShortRows(TorchFunctionMode):
@@ -25,52 +52,33 @@ class ShortRows(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.biases: dict[int, tuple[Tensor | None, Tensor]] = {}
+        self.biases: dict[tuple[int, int], tuple[Tensor | None, Tensor]] = {}
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        named = kwargs or {}
-        if func is scaled_dot_product_attention and _short(*args, **named):
-            return self._attention(*args, **named)
-        return func(*args, **named)
+        if func is scaled_dot_product_attention and _short(asked := Asked(*args, **(kwargs or {}))):
+            return self._attention(asked)
+        return func(*args, **(kwargs or {}))
 
-    def _attention(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> Tensor:
-        size = query.shape[-1] ** -0.5 if scale is None else scale
-        return _Attention.apply(query, key, value, self._bias(attn_mask, query.shape[-2]), size)  # type: ignore[no-any-return,no-untyped-call]
+    def _attention(self, asked: Asked) -> Tensor:
+        bias = self._bias(asked.attn_mask, asked.query.shape[-2])
+        return _Attention.apply(asked.query, asked.key, asked.value, bias, asked.factor)  # type: ignore[no-any-return,no-untyped-call]
 
     def _bias(self, mask: Tensor | None, tokens: int) -> Tensor:
         """Made once for each mask, which is kept: what its number stands for must not change."""
-        if id(mask) not in self.biases:
-            self.biases[id(mask)] = mask, _bias(mask, tokens)
-        return self.biases[id(mask)][1]
+        key = id(mask), tokens
+        if key not in self.biases:
+            self.biases[key] = mask, _bias(mask, tokens)
+        return self.biases[key][1]
 
 
-def _short(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> bool:
+def _short(asked: Asked) -> bool:
     """Whether this is one of the calls that whole matrices answer sooner: causal, or under one mask for all heads."""
-    if query.device.type != "cpu" or {query.dtype, key.dtype, value.dtype} != {torch.float32} or dropout_p:
-        return False
-    known = is_causal if attn_mask is None else attn_mask.dtype == torch.bool and attn_mask.shape[-3:-2] == (1,)
-    return known and query.dim() == 4 and key.shape[-2] == query.shape[-2] <= LONGEST
+    mask, (rows, heads, tokens, _) = asked.attn_mask, asked.query.shape
+    known = asked.is_causal if mask is None else mask.dtype == torch.bool and mask.shape[-3:-2] == (1,)
+    small = tokens <= LONGEST and 4 * rows * heads * tokens**2 <= KEPT_BYTES
+    return asked.plain and known and small and asked.key.shape[-2] == tokens
 
 
 def _bias(mask: Tensor | None, tokens: int) -> Tensor:
@@ -80,8 +88,7 @@ def _bias(mask: Tensor | None, tokens: int) -> Tensor:
 
 
 class _Attention(torch.autograd.Function):
-    """Queries [R, H, T, D], keys and values [R, K, T, D], K a divisor of H: heads that share keys are rows of one
-    product."""
+    """Heads that share keys are rows of one product."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float) -> Tensor:

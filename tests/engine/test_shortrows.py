@@ -104,6 +104,13 @@ def test_other_calls_are_left_to_pytorch(change, how, calls):
     assert 30 * TOKENS > LONGEST
 
 
+def test_what_would_be_kept_has_a_bound(calls, monkeypatch):
+    monkeypatch.setattr(shortrows, "KEPT_BYTES", 4 * ROWS * HEADS * TOKENS**2 - 1)
+    with ShortRows():
+        scaled_dot_product_attention(*inputs(), is_causal=True)
+    assert calls == []
+
+
 def test_every_path_but_the_plain_one_takes_it(tiny_model):
     scorer = Scorer(AutoModelForCausalLM.from_pretrained(tiny_model))
     used = {}
