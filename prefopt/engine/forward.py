@@ -111,7 +111,7 @@ class Scorer(nn.Module):
 
         Positions past a completion hold 0. `noise` is that of this network alone: reference and critic have none.
         """
-        with recomputing(self.recomputed), changing(self.network, noise), self._attention():
+        with recomputing(self.recomputed, self._attention), changing(self.network, noise), self._attention():
             if set(want) == {"scores"}:
                 return {"scores": self._scores(packed)}
             compute = self._tiled if self.paths.tiled else self._plain
@@ -121,10 +121,9 @@ class Scorer(nn.Module):
         return {name: packed.unpacked(x) for name, x in found.items()}
 
     def _attention(self) -> AbstractContextManager[Any]:
-        """That of short rows on a CPU, on every path but the plain one, and not where layers are computed again."""
-        device = next(self.network.parameters()).device
-        other = device.type != "cpu" or self.paths.layout == "padded" or self.recomputed
-        return nullcontext() if other else ShortRows()
+        """That of short rows on a CPU, on every path but the plain one."""
+        short = next(self.network.parameters()).device.type == "cpu" and self.paths.layout != "padded"
+        return ShortRows() if short else nullcontext()
 
     def _plain(self, packed: Packed, want: Collection[str], temperature: float) -> dict[str, Tensor]:
         """From whole logits. [S] each."""

@@ -8,7 +8,7 @@ set on the layers alone, and is over before what is inside them runs.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -35,19 +35,21 @@ def prepare(network: nn.Module) -> list[nn.Module]:
     return layers
 
 
-def _run(layer: nn.Module, run: Callable[..., Any], *inputs: Any) -> Any:
+def _run(layer: Any, run: Callable[..., Any], *inputs: Any) -> Any:
     layer.training = False
-    return checkpoint(run, *inputs, use_reentrant=False)
+    return checkpoint(run, *inputs, use_reentrant=False, context_fn=lambda: (nullcontext(), layer.computed_again()))
 
 
 @contextmanager
-def recomputing(layers: list[nn.Module]) -> Iterator[None]:
-    """A forward pass whose layers keep their inputs only, when gradients are on."""
+def recomputing(layers: list[nn.Module], again: Callable[[], AbstractContextManager[Any]]) -> Iterator[None]:
+    """A forward pass whose layers keep their inputs only, when gradients are on. They are computed `again` within what
+    this pass is computed in."""
     if not torch.is_grad_enabled():
         yield
         return
     for layer in layers:
         layer.training = True
+        layer.computed_again = again  # type: ignore[assignment]
     try:
         yield
     finally:

@@ -118,5 +118,3 @@ def test_every_path_but_the_plain_one_takes_it(tiny_model):
         scorer.paths = paths
         used[paths.layout] = isinstance(scorer._attention(), ShortRows)
     assert used == {"padded": False, "causal": True, "shared": True}
-    scorer.recomputed = [scorer.network]
-    assert not isinstance(scorer._attention(), ShortRows)
