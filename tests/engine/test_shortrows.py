@@ -75,13 +75,13 @@ def test_one_mask_is_made_ready_once(calls):
 
 def test_masks_that_come_and_go_are_told_apart():
     given = inputs()
-    with ShortRows():
+    with ShortRows() as mode:
         for hidden in range(5):
             visible = torch.ones(ROWS, 1, TOKENS, TOKENS, dtype=torch.bool).tril()
             visible[..., 6:, hidden] = False
             found = scaled_dot_product_attention(*given, attn_mask=visible)
             torch.testing.assert_close(found, exact(*given, visible, WIDTH**-0.5).float(), atol=1e-6, rtol=1e-5)
-            del visible
+            assert mode.biases[id(visible), TOKENS][0] is visible  # kept, so that no other gets its number
 
 
 @pytest.mark.parametrize(
