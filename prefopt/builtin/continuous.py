@@ -147,6 +147,7 @@ class _Drawing:
 
     def __init__(self, sampler: Continuous, models: List[LanguageModel], mix: float, requests: List[Request]) -> None:
         self.sampler, self.model, self.mix, self.requests = sampler, models[0], mix, requests
+        self.some_greedy = sampler.greedy or any(request.greedy for request in requests)
         self.rooms = [room(models, request, sampler.max_new_tokens) for request in requests]
         self.queue = sorted(range(len(requests)), key=lambda i: (len(requests[i].prompt), requests[i].prompt))
         slots = min(sampler.slots or _usual_slots(self.model), len(requests))
@@ -254,7 +255,7 @@ class _Drawing:
                 x[:, self.ends] = x[:, self.ends].masked_fill(early, -torch.inf)
         p = self.sampler.distribution(logits, self.mix)
         uniform = rows.uniforms.gather(1, rows.count[:, None])[:n, 0]
-        rows.add(n, *draw(p, uniform, rows.greedy[:n]), self.ends)
+        rows.add(n, *draw(p, uniform, rows.greedy[:n] if self.some_greedy else None), self.ends)
 
     def _ended(self, n: int) -> Iterator[tuple[int, Completion]]:
         """Looks at the first n rows and hands out those that have ended."""

@@ -56,13 +56,13 @@ def _at_least(p: Tensor, threshold: Tensor) -> Tensor:
     return p.where(p >= threshold, 0.0)
 
 
-def draw(p: Tensor, uniforms: Tensor, greedy: Tensor) -> tuple[Tensor, Tensor]:
+def draw(p: Tensor, uniforms: Tensor, greedy: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """A token of each row of `p` [n, V] and its log-probability, [n] each: the inverse of the cumulative distribution
     at `uniforms` [n], or where `greedy` [n] the most probable token.
 
     Sums are in double precision but within a tile. A word of probability 0 is never drawn.
 
-    >>> draw(torch.tensor([[0.25, 0.0, 0.25]]), torch.tensor([0.5]).double(), torch.tensor([False]))[0]
+    >>> draw(torch.tensor([[0.25, 0.0, 0.25]]), torch.tensor([0.5]).double())[0]
     tensor([2])
     """
     tiles = _tiled(p)
@@ -71,7 +71,8 @@ def draw(p: Tensor, uniforms: Tensor, greedy: Tensor) -> tuple[Tensor, Tensor]:
     tile, left = _find(sums, uniforms * total)
     inside = tiles.gather(1, tile[:, None, None].expand(-1, 1, tiles.shape[2])).squeeze(1).double().cumsum(-1)
     token = tile * tiles.shape[2] + _find(inside, left)[0]
-    token = torch.where(greedy, p.argmax(-1), token)
+    if greedy is not None:
+        token = torch.where(greedy, p.argmax(-1), token)
     chosen = p.gather(1, token[:, None]).squeeze(1)
     return token, (chosen / total).log()
 

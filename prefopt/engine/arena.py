@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Sequence as List
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from itertools import groupby
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -17,13 +19,15 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from prefopt.engine.fewrows import few_rows
+from prefopt.engine.fewrows import Run, few_rows
 from prefopt.engine.forward import masks
 from prefopt.engine.probe import WINDOW, narrow
 from prefopt.sampling import Arena
 
 READ_TOKENS = 2048
 """Tokens of prompts read in one forward pass, with padding."""
+FILLED = 0.75
+"""How much of it each of them fills at least."""
 BLOCK = 64
 """Places made ready at a time."""
 TOLERANCE = 1e-4
@@ -104,18 +108,29 @@ class Slots:
         self.layers = [Layer(slots, capacity) for _ in range(self.config.num_hidden_layers)]
         self.cache = Cache(layers=self.layers)
         self.few_rows = few_rows(self.device, self.dtype)
+        self.prompts = [(-1 - slot, 0) for slot in range(slots)]
+        """Of the prompt at the beginning of each slot a mark, the same where it is the same, and its length."""
+        self.marks = 0
 
     @torch.no_grad()
     def read(self, prompts: List[tuple[int, ...]], slots: List[int]) -> None:
+        for prompt, slot in zip(prompts, slots, strict=True):
+            self.prompts[slot], self.marks = (self.marks, len(prompt)), self.marks + 1
         order = sorted((i for i, prompt in enumerate(prompts) if prompt), key=lambda i: len(prompts[i]))
         while order:
-            fitting = max(1, READ_TOKENS // len(prompts[order[-1]]))
-            part, order = order[-fitting:], order[:-fitting]
+            longest = len(prompts[order[-1]])
+            least = min(i for i, row in enumerate(order) if len(prompts[row]) >= FILLED * longest)
+            first = max(least, len(order) - max(1, READ_TOKENS // longest))
+            part, order = order[first:], order[:first]
             self._pass("begin", torch.tensor([slots[i] for i in part], device=self.device))
             ids = pad_sequence([torch.tensor(prompts[i]) for i in part], batch_first=True)
-            self.network.base_model(input_ids=ids.to(self.device), past_key_values=self.cache, use_cache=True)
+            with self._few(()):
+                self.network.base_model(input_ids=ids.to(self.device), past_key_values=self.cache, use_cache=True)
 
     def copy(self, source: int, targets: List[int], length: int) -> None:
+        mark, size = self.prompts[source]
+        for target in targets:
+            self.prompts[target] = mark, min(size, length)
         index = torch.tensor(targets, device=self.device)
         for layer in self.layers:
             if length and layer.is_initialized:
@@ -124,7 +139,7 @@ class Slots:
     @torch.no_grad()
     def advance(self, tokens: Tensor, positions: Tensor, width: int) -> Tensor:
         self._pass("extend", torch.arange(len(tokens), device=self.device), positions, width)
-        with self.few_rows(len(tokens)):
+        with self._few(self._runs(positions.tolist()) if self.few_rows else ()):
             out = self.network(
                 input_ids=tokens[:, None],
                 attention_mask=masks(self.config, partial(_visible, positions, width)),
@@ -133,6 +148,22 @@ class Slots:
                 use_cache=True,
             )
         return out.logits[:, 0]  # type: ignore[no-any-return]
+
+    def _few(self, runs: List[Run]) -> AbstractContextManager[Any]:
+        return self.few_rows.of(runs) if self.few_rows else nullcontext()
+
+    def _runs(self, positions: list[int]) -> list[Run]:
+        """The rows at `positions`, those of one prompt together that stand side by side. What a row is given from its
+        position on is its own."""
+        for row, position in enumerate(positions):
+            mark, size = self.prompts[row]
+            self.prompts[row] = mark, min(size, position)
+        runs = []
+        for _, group in groupby(range(len(positions)), key=lambda row: self.prompts[row][0]):
+            rows = list(group)
+            shared = min(self.prompts[row][1] for row in rows) if len(rows) > 1 else 0
+            runs.append(Run(rows[0], rows[-1] + 1, shared, 1 + max(positions[row] for row in rows)))
+        return runs
 
     def _pass(self, name: str, *arguments: Any) -> None:
         for layer in self.layers:
@@ -222,18 +253,18 @@ def _rows(network: Any) -> list[tuple[int, ...]]:
     """Each prompt of the probe with the tokens that follow; the first is there twice, forked."""
     size, prompts = network.get_input_embeddings().weight.shape[0], _prompts(network)
     tails = [tuple((2 + (7 * i + 3 * k) % 9) % size for k in range(STEPS)) for i in range(len(prompts) + 1)]
-    return [(*prompt, *tail) for prompt, tail in zip([*prompts, prompts[0]], tails, strict=True)]
+    return [(*prompt, *tail) for prompt, tail in zip([prompts[0], *prompts], tails, strict=True)]
 
 
 def _stepped(network: Any) -> Tensor:
     """The logits of each step, [rows, STEPS, V]."""
     prompts, rows = _prompts(network), _rows(network)
-    starts = [len(prompt) for prompt in (*prompts, prompts[0])]
+    starts = [len(prompt) for prompt in (prompts[0], *prompts)]
     last, capacity = len(rows) - 1, max(map(len, rows))
     slots = Slots(network, len(rows) + 1, capacity)
-    slots.read([prompts[1]], [last])  # as when a slot is used again
-    slots.read(prompts, [last + 1, *range(1, last)])
-    slots.copy(last + 1, [0, last], starts[0])
+    slots.read([prompts[1], prompts[1]], [1, last])  # as when a slot is used again
+    slots.read(prompts, [last + 1, *range(2, last + 1)])
+    slots.copy(last + 1, [0, 1], starts[0])
     steps = []
     for k in range(STEPS):
         places = torch.tensor([start + k for start in starts], device=slots.device)

@@ -1,25 +1,37 @@
 """A model's steps by one token a row, on a CPU: products of few rows with large matrices, and attention of one query.
 Knows linear layers and attention; no model.
 
-MKL packs a matrix before it multiplies. With few rows that is most of the time of a product: here each matrix is packed
-once, for as long as rows are drawn.
+With few rows, most of the time of a product is spent on reading the matrix in an order that suits the processor badly:
+here oneDNN packs each matrix once, for as long as rows are drawn. Rows of one prompt stand side by side, and what they
+share is read once for all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear, pad, scaled_dot_product_attention
+from torch.nn.functional import linear, scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
 from prefopt.engine.shortrows import Asked
 
 LEAST = 1 << 16
 """Numbers in a matrix that is worth packing."""
+USUAL = 32
+"""Rows that it is packed for; it serves any number."""
+
+
+class Run(NamedTuple):
+    """Rows `first` .. `end` - 1, of which the first `shared` keys and values are the same, and which see none from
+    `width` on."""
+
+    first: int
+    end: int
+    shared: int
+    width: int
 
 
 class FewRows(TorchFunctionMode):
@@ -28,15 +40,13 @@ class FewRows(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.rows = 0
+        self.runs: Sequence[Run] = ()
         self.packed: dict[int, tuple[Tensor, int, Tensor]] = {}
         """Each matrix, its version, and itself packed."""
 
-    def of(self, rows: int) -> FewRows:
-        """Itself, for products of so many rows. Matrices are packed for a number of rows, and fewer are filled up: they
-        are packed again when half of them are left."""
-        if not self.rows / 2 < rows <= self.rows:
-            self.rows, self.packed = rows, {}
+    def of(self, runs: Sequence[Run]) -> FewRows:
+        """Itself, for a step of the rows of these runs."""
+        self.runs = runs
         return self
 
     def __torch_function__(
@@ -45,25 +55,21 @@ class FewRows(TorchFunctionMode):
         named = kwargs or {}
         if func is linear:
             return self._linear(*args, **named)
-        if func is scaled_dot_product_attention and _single(asked := Asked(*args, **named)):
-            return _attention(asked)
+        if func is scaled_dot_product_attention and _single(asked := Asked(*args, **named)) and self.runs:
+            return _attention(asked, self.runs)
         return func(*args, **named)
 
     def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        rows = input.shape[:-1].numel()
         lasts = isinstance(weight, nn.Parameter) and weight.numel() >= LEAST
-        if not lasts or rows > self.rows or {input.dtype, weight.dtype} != {torch.float32}:
+        if not lasts or {input.dtype, weight.dtype} != {torch.float32}:
             return linear(input, weight, bias)
-        states = input.reshape(rows, -1)
-        filled = states if rows == self.rows else pad(states, (0, 0, 0, self.rows - rows))
-        product = torch.ops.mkl._mkl_linear(filled, self._packed(weight), weight.detach(), bias, self.rows)
-        return product[:rows].view(*input.shape[:-1], -1)  # type: ignore[no-any-return]
+        return torch.ops.mkldnn._linear_pointwise(input, self._packed(weight), bias, "none", [], "")  # type: ignore[no-any-return]
 
     def _packed(self, weight: Tensor) -> Tensor:
         """Packed again when it has changed."""
         known, version, packed = self.packed.get(id(weight), (None, 0, weight))
         if known is not weight or version != weight._version:
-            packed = torch.ops.mkl._mkl_reorder_linear_weight(weight.detach(), self.rows)
+            packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), USUAL)
             self.packed[id(weight)] = weight, weight._version, packed
         return packed
 
@@ -75,16 +81,36 @@ def _single(asked: Asked) -> bool:
     return asked.plain and masked and asked.query.shape[2] * asked.query.shape[1] % asked.key.shape[1] == 0
 
 
-def _attention(asked: Asked) -> Tensor:
-    """Heads that share keys are rows of one product."""
+def _attention(asked: Asked, runs: Sequence[Run]) -> Tensor:
+    """Heads that share keys are rows of one product, and so are rows that share a prompt."""
     assert asked.attn_mask is not None
     n, heads, queries, width = asked.query.shape
-    q = asked.query.reshape(n, asked.key.shape[1], -1, width) * asked.factor
-    scores = torch.matmul(q, asked.key.transpose(2, 3)).masked_fill_(~asked.attn_mask, torch.finfo(torch.float32).min)
-    return torch.matmul(scores.softmax(-1), asked.value).reshape(n, heads, queries, -1)
+    query = asked.query.reshape(n, asked.key.shape[1], -1, width) * asked.factor
+    hidden = ~asked.attn_mask.expand(n, -1, -1, -1)
+    found = [
+        _of_a_run(query[a:b], asked.key[a:b, :, :to], asked.value[a:b, :, :to], hidden[a:b, ..., :to], shared)
+        for a, b, shared, to in runs
+    ]
+    return (found[0] if len(found) == 1 else torch.cat(found)).reshape(n, heads, queries, -1)
 
 
-def few_rows(device: torch.device, dtype: torch.dtype) -> Callable[[int], AbstractContextManager[Any]]:
-    """What makes the mode for so many rows, where it is faster; else of nothing."""
-    known = torch.backends.mkl.is_available() and hasattr(torch.ops.mkl, "_mkl_linear")  # type: ignore[no-untyped-call]
-    return FewRows().of if known and device.type == "cpu" and dtype == torch.float32 else lambda rows: nullcontext()
+def _of_a_run(query: Tensor, key: Tensor, value: Tensor, hidden: Tensor, shared: int) -> Tensor:
+    """Queries [n, K, g, D], keys and values [n, K, T, D], the first `shared` places of T the same in all rows."""
+    own = torch.matmul(query, key[:, :, shared:].transpose(2, 3))
+    scores = own if not shared else torch.cat([_together(query, key[0, :, :shared].transpose(1, 2)), own], -1)
+    weights = scores.masked_fill_(hidden, torch.finfo(torch.float32).min).softmax(-1)
+    found = torch.matmul(weights[..., shared:], value[:, :, shared:])
+    return found if not shared else found.add_(_together(weights[..., :shared], value[0, :, :shared]))
+
+
+def _together(rows: Tensor, matrices: Tensor) -> Tensor:
+    """Rows [n, K, g, D] times the K matrices [K, D, E] that all n share, [n, K, g, E]."""
+    n, heads, queries, width = rows.shape
+    product = torch.bmm(rows.transpose(0, 1).reshape(heads, n * queries, width), matrices)
+    return product.view(heads, n, queries, -1).transpose(0, 1)
+
+
+def few_rows(device: torch.device, dtype: torch.dtype) -> FewRows | None:
+    """The mode, where it is faster."""
+    known = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")  # type: ignore[no-untyped-call]
+    return FewRows() if known and device.type == "cpu" and dtype == torch.float32 else None

@@ -147,7 +147,7 @@ def test_a_hundred_thousand_draws_follow_the_filtered_distribution(filters):
     logits = torch.randn(1, 97, generator=torch.Generator().manual_seed(1)) * 2
     p = sampler.distribution([logits], 0.0).expand(draws, -1)
     u = torch.from_numpy(np.random.Generator(np.random.Philox(key=7)).random(draws))
-    tokens, logps = draw(p, u, torch.zeros(draws, dtype=torch.bool))
+    tokens, logps = draw(p, u)
     counts = torch.bincount(tokens, minlength=97).double()
     full = torch.softmax(logits[0].double() / filters.get("temperature", 1.0), -1)
     expected = exact(full, **filters)
@@ -182,7 +182,7 @@ def test_a_token_is_the_inverse_of_the_cumulative_distribution_for_every_vocabul
     p[:, 0], p[:, -1] = 0, 0
     u = torch.rand(400, dtype=torch.double, generator=torch.Generator().manual_seed(1))
     u[0], u[1] = 0, 1 - 2**-53
-    tokens, _ = draw(p, u, torch.zeros(400, dtype=torch.bool))
+    tokens, _ = draw(p, u)
     edges = p.double().cumsum(-1)
     expected = torch.searchsorted(edges, (u * edges[:, -1])[:, None], right=True)[:, 0]
     differ = tokens != expected.clamp(max=words - 2)

@@ -10,6 +10,7 @@ from prefopt.builtin.continuous import Continuous
 from prefopt.builtin.samplers import Plain
 from prefopt.config import LoraConfig, ModelConfig
 from prefopt.engine.arena import Apart, Layer, Slots, arena, disagreement
+from prefopt.engine.fewrows import Run
 from prefopt.engine.models import Model, load_causal, open_model
 from prefopt.testing.tiny import build_tiny
 
@@ -118,3 +119,29 @@ def test_a_model_of_five_words_can_be_probed(tmp_path):
     network = AutoModelForCausalLM.from_pretrained(tmp_path / "five")
     network.resize_token_embeddings(5)
     assert disagreement(network) is None
+
+
+def test_rows_of_one_prompt_are_known_until_one_is_given_other_tokens(tiny_model):
+    """Slots 0 .. 2 hold one prompt, 3 its first two tokens, 4 another that is the same by chance."""
+    slots = Slots(AutoModelForCausalLM.from_pretrained(tiny_model), 6, 16)
+    slots.read([(5, 6, 7), (5, 6, 7)], [0, 4])
+    slots.copy(0, [1, 2], 3)
+    slots.copy(1, [3], 2)
+    assert slots._runs([3, 4, 8, 2, 3]) == [Run(0, 4, 2, 9), Run(4, 5, 0, 4)]
+    assert slots._runs([3, 3, 9]) == [Run(0, 3, 3, 10)]
+    assert slots._runs([3, 1, 9]) == [Run(0, 3, 1, 10)]  # row 1 is written over from there on
+    assert slots._runs([3, 4, 10]) == [Run(0, 3, 1, 11)]
+    slots.copy(2, [1], 9)  # a row that goes on is moved, with its own tokens
+    assert slots._runs([3, 9, 10]) == [Run(0, 3, 3, 11)]
+    slots.read([(5, 6, 7)], [1])
+    assert slots._runs([3, 9, 10]) == [Run(0, 1, 0, 4), Run(1, 2, 0, 10), Run(2, 3, 0, 11)]
+
+
+def test_prompts_of_very_different_length_are_read_apart(tiny_model, monkeypatch):
+    network = AutoModelForCausalLM.from_pretrained(tiny_model)
+    seen = []
+    monkeypatch.setattr(Slots, "_pass", lambda self, name, slots: seen.append(slots.tolist()))
+    monkeypatch.setattr(network.base_model, "forward", lambda **_: None)
+    lengths = [8, 31, 40, 6, 30, 9]
+    Slots(network, 6, 64).read([tuple(range(5, 5 + n)) for n in lengths], [*range(6)])
+    assert [sorted(part) for part in seen] == [[1, 2, 4], [0, 5], [3]]

@@ -83,7 +83,7 @@ def test_weights_and_metrics_agree(trained, name):
     lines = [[json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()] for f in (one, two)]
     assert len(lines[0]) == len(lines[1]) >= 7
     for a, b in zip(*lines, strict=True):
-        assert b == pytest.approx(a, abs=1e-5)
+        assert b == pytest.approx(a, rel=1e-5, abs=1e-5)
 
 
 @pytest.mark.parametrize("name", RUNS)

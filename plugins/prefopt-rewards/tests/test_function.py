@@ -55,11 +55,12 @@ WHOLE = {
 
 @pytest.mark.parametrize("name", WHOLE)
 def test_what_a_bad_function_does_costs_its_own_group_only(name):
-    score = reward(name)
+    patient = 10 * DEADLINE  # filling memory takes its time on a busy machine
+    score = reward(name, deadline=patient)
     for _ in range(2):
         began = time.monotonic()
         before, wrong, after = score([BEFORE, WRONG, AFTER])
-        assert time.monotonic() - began < DEADLINE + 2
+        assert time.monotonic() - began < patient + 2
         assert values([before, after]) == [[1.0], [0.5]]
         assert [s.value for s in wrong] == [None, None]
         for sample, found in enumerate(wrong):
