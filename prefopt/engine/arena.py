@@ -30,6 +30,8 @@ FILLED = 0.75
 """How much of it each of them fills at least."""
 BLOCK = 64
 """Places made ready at a time."""
+SHARED_TOKENS = 512
+"""From so many on that need not be read again, rows of one prompt are treated together."""
 TOLERANCE = 1e-4
 PROMPTS = ((5, 6, 7, 8, 9, 10, 11), (3,), (5, 6, 7, 8), (9, 8, 7, 6, 5, 4, 3, 2, 1))
 STEPS = 2 * WINDOW
@@ -111,6 +113,7 @@ class Slots:
         self.prompts = [(-1 - slot, 0) for slot in range(slots)]
         """Of the prompt at the beginning of each slot a mark, the same where it is the same, and its length."""
         self.marks = 0
+        self.worth = SHARED_TOKENS
 
     @torch.no_grad()
     def read(self, prompts: List[tuple[int, ...]], slots: List[int]) -> None:
@@ -153,16 +156,20 @@ class Slots:
         return self.few_rows.of(runs) if self.few_rows else nullcontext()
 
     def _runs(self, positions: list[int]) -> list[Run]:
-        """The rows at `positions`, those of one prompt together that stand side by side. What a row is given from its
-        position on is its own."""
+        """The rows at `positions`, those of one prompt together that stand side by side where that is worth it, and so
+        the others. What a row is given from its position on is its own."""
         for row, position in enumerate(positions):
             mark, size = self.prompts[row]
             self.prompts[row] = mark, min(size, position)
-        runs = []
+        runs: list[Run] = []
         for _, group in groupby(range(len(positions)), key=lambda row: self.prompts[row][0]):
             rows = list(group)
-            shared = min(self.prompts[row][1] for row in rows) if len(rows) > 1 else 0
-            runs.append(Run(rows[0], rows[-1] + 1, shared, 1 + max(positions[row] for row in rows)))
+            size = min(self.prompts[row][1] for row in rows)
+            shared = size if (len(rows) - 1) * size >= self.worth else 0
+            run = Run(rows[0], rows[-1] + 1, shared, 1 + max(positions[row] for row in rows))
+            if runs and not runs[-1].shared and not shared:
+                run = Run(runs[-1].first, run.end, 0, max(runs.pop().width, run.width))
+            runs.append(run)
         return runs
 
     def _pass(self, name: str, *arguments: Any) -> None:
@@ -262,6 +269,7 @@ def _stepped(network: Any) -> Tensor:
     starts = [len(prompt) for prompt in (prompts[0], *prompts)]
     last, capacity = len(rows) - 1, max(map(len, rows))
     slots = Slots(network, len(rows) + 1, capacity)
+    slots.worth = 1
     slots.read([prompts[1], prompts[1]], [1, last])  # as when a slot is used again
     slots.read(prompts, [last + 1, *range(2, last + 1)])
     slots.copy(last + 1, [0, 1], starts[0])

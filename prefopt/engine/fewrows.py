@@ -86,21 +86,18 @@ def _attention(asked: Asked, runs: Sequence[Run]) -> Tensor:
     assert asked.attn_mask is not None
     n, heads, queries, width = asked.query.shape
     query = asked.query.reshape(n, asked.key.shape[1], -1, width) * asked.factor
-    hidden = ~asked.attn_mask.expand(n, -1, -1, -1)
-    found = [
-        _of_a_run(query[a:b], asked.key[a:b, :, :to], asked.value[a:b, :, :to], hidden[a:b, ..., :to], shared)
-        for a, b, shared, to in runs
-    ]
-    return (found[0] if len(found) == 1 else torch.cat(found)).reshape(n, heads, queries, -1)
-
-
-def _of_a_run(query: Tensor, key: Tensor, value: Tensor, hidden: Tensor, shared: int) -> Tensor:
-    """Queries [n, K, g, D], keys and values [n, K, T, D], the first `shared` places of T the same in all rows."""
-    own = torch.matmul(query, key[:, :, shared:].transpose(2, 3))
-    scores = own if not shared else torch.cat([_together(query, key[0, :, :shared].transpose(1, 2)), own], -1)
-    weights = scores.masked_fill_(hidden, torch.finfo(torch.float32).min).softmax(-1)
-    found = torch.matmul(weights[..., shared:], value[:, :, shared:])
-    return found if not shared else found.add_(_together(weights[..., :shared], value[0, :, :shared]))
+    scores = query.new_empty(*query.shape[:3], asked.key.shape[2])
+    for a, b, shared, to in runs:
+        if shared:
+            scores[a:b, ..., :shared] = _together(query[a:b], asked.key[a, :, :shared].transpose(1, 2))
+        scores[a:b, ..., shared:to] = torch.matmul(query[a:b], asked.key[a:b, :, shared:to].transpose(2, 3))
+    weights = scores.masked_fill_(~asked.attn_mask, torch.finfo(torch.float32).min).softmax(-1)
+    found = query.new_empty(*query.shape[:3], asked.value.shape[3])
+    for a, b, shared, to in runs:
+        found[a:b] = torch.matmul(weights[a:b, ..., shared:to], asked.value[a:b, :, shared:to])
+        if shared:
+            found[a:b] += _together(weights[a:b, ..., :shared], asked.value[a, :, :shared])
+    return found.view(n, heads, queries, -1)
 
 
 def _together(rows: Tensor, matrices: Tensor) -> Tensor:

@@ -124,6 +124,7 @@ def test_a_model_of_five_words_can_be_probed(tmp_path):
 def test_rows_of_one_prompt_are_known_until_one_is_given_other_tokens(tiny_model):
     """Slots 0 .. 2 hold one prompt, 3 its first two tokens, 4 another that is the same by chance."""
     slots = Slots(AutoModelForCausalLM.from_pretrained(tiny_model), 6, 16)
+    slots.worth = 1
     slots.read([(5, 6, 7), (5, 6, 7)], [0, 4])
     slots.copy(0, [1, 2], 3)
     slots.copy(1, [3], 2)
@@ -133,8 +134,11 @@ def test_rows_of_one_prompt_are_known_until_one_is_given_other_tokens(tiny_model
     assert slots._runs([3, 4, 10]) == [Run(0, 3, 1, 11)]
     slots.copy(2, [1], 9)  # a row that goes on is moved, with its own tokens
     assert slots._runs([3, 9, 10]) == [Run(0, 3, 3, 11)]
+    slots.worth = 7
+    assert slots._runs([3, 9, 10]) == [Run(0, 3, 0, 11)]
+    slots.worth = 1
     slots.read([(5, 6, 7)], [1])
-    assert slots._runs([3, 9, 10]) == [Run(0, 1, 0, 4), Run(1, 2, 0, 10), Run(2, 3, 0, 11)]
+    assert slots._runs([3, 9, 10]) == [Run(0, 3, 0, 11)]
 
 
 def test_prompts_of_very_different_length_are_read_apart(tiny_model, monkeypatch):
