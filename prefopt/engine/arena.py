@@ -27,7 +27,7 @@ from prefopt.sampling import Arena
 READ_TOKENS = 2048
 """Tokens of prompts read in one forward pass, with padding."""
 FILLED = 0.75
-"""How much of it each of them fills at least."""
+"""How long each of them is at least, in parts of the longest."""
 BLOCK = 64
 """Places made ready at a time."""
 SHARED_TOKENS = 512
@@ -35,8 +35,6 @@ SHARED_TOKENS = 512
 TOLERANCE = 1e-4
 PROMPTS = ((5, 6, 7, 8, 9, 10, 11), (3,), (5, 6, 7, 8), (9, 8, 7, 6, 5, 4, 3, 2, 1))
 STEPS = 2 * WINDOW
-
-Store = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class Layer(CacheLayerMixin):  # type: ignore[misc]
@@ -48,7 +46,9 @@ class Layer(CacheLayerMixin):  # type: ignore[misc]
     def __init__(self, slots: int, capacity: int) -> None:
         super().__init__()
         self.slots, self.capacity, self.ready = slots, capacity, 0
-        self.store: Store | None = None
+        self.way: tuple[str, tuple[Any, ...]] = "", ()
+        """The method that takes keys and values, and what it is told besides. Not the method itself: a layer that holds
+        itself would keep its memory until Python looks for cycles."""
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.keys, self.values = (
@@ -59,8 +59,8 @@ class Layer(CacheLayerMixin):  # type: ignore[misc]
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        assert self.store is not None
-        return self.store(key_states, value_states)
+        name, told = self.way
+        return getattr(self, name)(*told, key_states, value_states)  # type: ignore[no-any-return]
 
     def begin(self, slots: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Prompts [n, heads, T, size] into their slots; a prompt sees itself alone."""
@@ -102,16 +102,18 @@ class Layer(CacheLayerMixin):  # type: ignore[misc]
 class Slots:
     """Implements `prefopt.components.Arena` with one cache for all rows, through the model's own attention."""
 
-    def __init__(self, network: Any, slots: int, capacity: int) -> None:
+    def __init__(self, network: Any, slots: int, capacity: int, fast: bool = True) -> None:
+        """`fast` allows what a CPU has for few rows."""
         self.network = network
         self.config = self.network.config.get_text_config()
         vectors = self.network.get_input_embeddings().weight
         self.device, self.dtype = vectors.device, vectors.dtype
         self.layers = [Layer(slots, capacity) for _ in range(self.config.num_hidden_layers)]
         self.cache = Cache(layers=self.layers)
-        self.few_rows = few_rows(self.device, self.dtype)
+        self.few_rows = few_rows(self.device, self.dtype) if fast else None
         self.prompts = [(-1 - slot, 0) for slot in range(slots)]
-        """Of the prompt at the beginning of each slot a mark, the same where it is the same, and its length."""
+        """Of the prompt at the beginning of each slot: a mark of when it was read, and how many of its tokens still
+        stand there."""
         self.marks = 0
         self.worth = SHARED_TOKENS
 
@@ -127,7 +129,7 @@ class Slots:
             part, order = order[first:], order[:first]
             self._pass("begin", torch.tensor([slots[i] for i in part], device=self.device))
             ids = pad_sequence([torch.tensor(prompts[i]) for i in part], batch_first=True)
-            with self._few(()):
+            with self._few((), 0):
                 self.network.base_model(input_ids=ids.to(self.device), past_key_values=self.cache, use_cache=True)
 
     def copy(self, source: int, targets: List[int], length: int) -> None:
@@ -142,7 +144,7 @@ class Slots:
     @torch.no_grad()
     def advance(self, tokens: Tensor, positions: Tensor, width: int) -> Tensor:
         self._pass("extend", torch.arange(len(tokens), device=self.device), positions, width)
-        with self._few(self._runs(positions.tolist()) if self.few_rows else ()):
+        with self._few(self._runs(positions.tolist()) if self.few_rows else (), width):
             out = self.network(
                 input_ids=tokens[:, None],
                 attention_mask=masks(self.config, partial(_visible, positions, width)),
@@ -152,8 +154,8 @@ class Slots:
             )
         return out.logits[:, 0]  # type: ignore[no-any-return]
 
-    def _few(self, runs: List[Run]) -> AbstractContextManager[Any]:
-        return self.few_rows.of(runs) if self.few_rows else nullcontext()
+    def _few(self, runs: List[Run], width: int) -> AbstractContextManager[Any]:
+        return self.few_rows.of(runs, width) if self.few_rows else nullcontext()
 
     def _runs(self, positions: list[int]) -> list[Run]:
         """The rows at `positions`, those of one prompt together that stand side by side where that is worth it, and so
@@ -174,7 +176,7 @@ class Slots:
 
     def _pass(self, name: str, *arguments: Any) -> None:
         for layer in self.layers:
-            layer.store = partial(getattr(layer, name), *arguments)
+            layer.way = name, arguments
 
 
 def _visible(positions: Tensor, width: int, window: int | None) -> Tensor:
@@ -222,25 +224,36 @@ class Apart:
         self.caches[slot], self.logits[slot] = out.past_key_values, out.logits[0, -1]
 
 
-_found: WeakKeyDictionary[nn.Module, str | None] = WeakKeyDictionary()
+_fast: WeakKeyDictionary[nn.Module, bool | None] = WeakKeyDictionary()
+"""Of each network whether its slots may be fast; None where slots do not hold."""
 
 
 def arena(network: nn.Module, slots: int, capacity: int, warn: Callable[[str], None]) -> Arena:
     """The fastest arena whose steps give what the network gives for each row read whole. `warn` hears once why it is
-    the slow one."""
-    if network not in _found:
-        _found[network] = reason = disagreement(network)
-        if reason is not None:
-            warn(f"rows are drawn one by one: keys and values of many do not hold for this model: {reason}")
-    return Slots(network, slots, capacity) if _found[network] is None else Apart(network)
+    a slower one."""
+    if network not in _fast:
+        _fast[network] = _probed(network, warn)
+    fast = _fast[network]
+    return Apart(network) if fast is None else Slots(network, slots, capacity, fast)
 
 
-def disagreement(network: Any) -> str | None:
+def _probed(network: nn.Module, warn: Callable[[str], None]) -> bool | None:
+    reason = disagreement(network)
+    if reason is None:
+        return True
+    if disagreement(network, fast=False) is None:
+        warn(f"rows are drawn without the shortcuts for few rows, which do not hold for this model: {reason}")
+        return False
+    warn(f"rows are drawn one by one: keys and values of many do not hold for this model: {reason}")
+    return None
+
+
+def disagreement(network: Any, fast: bool = True) -> str | None:
     """Why rows of different lengths in slots, one of them forked and one moved, give other logits than each read
     whole; None where they do not. A sliding window is narrowed meanwhile, so that rows reach beyond it."""
     try:
         with narrow(network.config.get_text_config()):
-            found, expected = _stepped(network), _whole(network)
+            found, expected = _stepped(network, fast), _whole(network)
     except (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError, KeyError, IndexError) as error:
         return f"{type(error).__name__}: {str(error).partition(chr(10))[0][:120]}"
     known = expected.isfinite()  # a word may be ruled out by a logit of minus infinity
@@ -263,12 +276,12 @@ def _rows(network: Any) -> list[tuple[int, ...]]:
     return [(*prompt, *tail) for prompt, tail in zip([prompts[0], *prompts], tails, strict=True)]
 
 
-def _stepped(network: Any) -> Tensor:
+def _stepped(network: Any, fast: bool) -> Tensor:
     """The logits of each step, [rows, STEPS, V]."""
     prompts, rows = _prompts(network), _rows(network)
     starts = [len(prompt) for prompt in (prompts[0], *prompts)]
     last, capacity = len(rows) - 1, max(map(len, rows))
-    slots = Slots(network, len(rows) + 1, capacity)
+    slots = Slots(network, len(rows) + 1, capacity, fast)
     slots.worth = 1
     slots.read([prompts[1], prompts[1]], [1, last])  # as when a slot is used again
     slots.read(prompts, [last + 1, *range(2, last + 1)])

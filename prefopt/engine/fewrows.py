@@ -1,9 +1,9 @@
-"""A model's steps by one token a row, on a CPU: products of few rows with large matrices, and attention of one query.
-Knows linear layers and attention; no model.
+"""Drawing on a CPU: products of few rows with large matrices, and attention of one token a row. Knows linear layers and
+attention; no model.
 
 With few rows, most of the time of a product is spent on reading the matrix in an order that suits the processor badly:
-here oneDNN packs each matrix once, for as long as rows are drawn. Rows of one prompt stand side by side, and what they
-share is read once for all.
+here oneDNN packs each matrix once, for as long as rows are drawn. Of rows that share a prompt and stand side by side,
+what they share is read once for all.
 """
 
 from __future__ import annotations
@@ -41,12 +41,14 @@ class FewRows(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.runs: Sequence[Run] = ()
+        self.width = 0
         self.packed: dict[int, tuple[Tensor, int, Tensor]] = {}
         """Each matrix, its version, and itself packed."""
 
-    def of(self, runs: Sequence[Run]) -> FewRows:
-        """Itself, for a step of the rows of these runs."""
-        self.runs = runs
+    def of(self, runs: Sequence[Run], width: int) -> FewRows:
+        """Itself, for a step of the rows of these runs, with keys and values in `width` places; without runs for
+        products alone."""
+        self.runs, self.width = runs, width
         return self
 
     def __torch_function__(
@@ -55,13 +57,14 @@ class FewRows(TorchFunctionMode):
         named = kwargs or {}
         if func is linear:
             return self._linear(*args, **named)
-        if func is scaled_dot_product_attention and _single(asked := Asked(*args, **named)) and self.runs:
+        if func is scaled_dot_product_attention and self._known(asked := Asked(*args, **named)):
             return _attention(asked, self.runs)
         return func(*args, **named)
 
     def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         lasts = isinstance(weight, nn.Parameter) and weight.numel() >= LEAST
-        if not lasts or {input.dtype, weight.dtype} != {torch.float32}:
+        plain = all(x.dtype == torch.float32 and x.device.type == "cpu" for x in (input, weight))
+        if not lasts or not plain or torch.is_autocast_enabled("cpu"):
             return linear(input, weight, bias)
         return torch.ops.mkldnn._linear_pointwise(input, self._packed(weight), bias, "none", [], "")  # type: ignore[no-any-return]
 
@@ -73,12 +76,14 @@ class FewRows(TorchFunctionMode):
             self.packed[id(weight)] = weight, weight._version, packed
         return packed
 
-
-def _single(asked: Asked) -> bool:
-    """Whether one mask of bits holds for all queries of a row: there is one, or those of heads that share keys."""
-    mask = asked.attn_mask
-    masked = mask is not None and mask.dtype == torch.bool and mask.shape[1:3] == (1, 1)
-    return asked.plain and masked and asked.query.shape[2] * asked.query.shape[1] % asked.key.shape[1] == 0
+    def _known(self, asked: Asked) -> bool:
+        """Whether this is the attention of the runs' rows, and one mask of bits holds for all queries of a row: there
+        is one, or those of heads that share keys."""
+        mask, (n, heads, queries, _) = asked.attn_mask, asked.query.shape
+        if not (self.runs and asked.plain and n == self.runs[-1].end and asked.key.shape[2] == self.width):
+            return False
+        masked = mask is not None and mask.dtype == torch.bool and mask.shape[1:3] == (1, 1)
+        return masked and queries * heads % asked.key.shape[1] == 0
 
 
 def _attention(asked: Asked, runs: Sequence[Run]) -> Tensor:

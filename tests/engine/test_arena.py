@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
+import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
@@ -9,8 +13,10 @@ from prefopt.api import Request
 from prefopt.builtin.continuous import Continuous
 from prefopt.builtin.samplers import Plain
 from prefopt.config import LoraConfig, ModelConfig
+from prefopt.engine import arena as arenas
+from prefopt.engine import fewrows
 from prefopt.engine.arena import Apart, Layer, Slots, arena, disagreement
-from prefopt.engine.fewrows import Run
+from prefopt.engine.fewrows import FewRows, Run
 from prefopt.engine.models import Model, load_causal, open_model
 from prefopt.testing.tiny import build_tiny
 
@@ -119,6 +125,70 @@ def test_a_model_of_five_words_can_be_probed(tmp_path):
     network = AutoModelForCausalLM.from_pretrained(tmp_path / "five")
     network.resize_token_embeddings(5)
     assert disagreement(network) is None
+
+
+def test_rows_of_one_prompt_read_it_from_the_first(tiny_model):
+    """What the others hold of it is no number here."""
+    network = AutoModelForCausalLM.from_pretrained(tiny_model)
+    slots = Slots(network, 3, 8)
+    slots.worth = 1
+    slots.read([(5, 6, 7)], [0])
+    slots.copy(0, [1, 2], 3)
+    for layer in slots.layers:
+        layer.keys[1:, :, :3] = layer.values[1:, :, :3] = torch.nan
+    found = slots.advance(torch.tensor([8, 9, 10]), torch.tensor([3, 3, 3]), 4)
+    with torch.no_grad():
+        whole = network(torch.tensor([[5, 6, 7, 8], [5, 6, 7, 9], [5, 6, 7, 10]])).logits[:, -1]
+    torch.testing.assert_close(found, whole, atol=1e-5, rtol=1e-5)
+
+
+def test_memory_is_given_back_with_the_slots(tiny_model):
+    slots = Slots(AutoModelForCausalLM.from_pretrained(tiny_model), 1, 8)
+    slots.read([(5, 6, 7)], [0])
+    slots.advance(torch.tensor([8]), torch.tensor([3]), 4)
+    kept = weakref.ref(slots.layers[0])
+    gc.disable()
+    try:
+        del slots
+        assert kept() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2", "mistral"])
+def test_every_shortcut_draws_the_text_of_the_plain_sampler(tmp_path, family, monkeypatch):
+    """Every matrix packed and every shared prompt read once, while rows end and others begin."""
+    monkeypatch.setattr(arenas, "SHARED_TOKENS", 1)
+    monkeypatch.setattr(fewrows, "LEAST", 1)
+    used = []
+    monkeypatch.setattr(
+        FewRows, "of", lambda self, *told, of=FewRows.of: (used.append((self, told[0])), of(self, *told))[1]
+    )
+    build_tiny(tmp_path / family, model_type=family)
+    model = open_model(str(tmp_path / family), CPU)
+    requests = [Request(PROMPTS[i // 4 % 4], 100 + i) for i in range(24)]
+    found, expected = (
+        [c.ids for _, c in sorted(sampler.open(model)(requests), key=lambda pair: pair[0])]
+        for sampler in (Continuous(max_new_tokens=12, slots=7), Plain(max_new_tokens=12))
+    )
+    assert found == expected
+    assert len({len(ids) for ids in found}) > 1
+    assert any(run.shared for _, runs in used for run in runs)
+    assert all(mode.packed for mode, _ in used)
+
+
+def test_a_model_for_which_the_shortcuts_do_not_hold_is_drawn_in_slots_without_them(tiny_model, monkeypatch):
+    opened, heard = open_model(str(tiny_model), CPU), []
+    model = Model(opened.network, opened.tokenizer, CPU, heard.append)
+    monkeypatch.setattr(fewrows, "_attention", lambda asked, runs: torch.zeros_like(asked.query))
+    assert texts(Continuous(max_new_tokens=8), model) == texts(Plain(max_new_tokens=8), model)
+    assert len(heard) == 1
+    assert heard[0].startswith(
+        "rows are drawn without the shortcuts for few rows, which do not hold for this model: they"
+    )
+    slots = model.arena(2, 4)
+    assert isinstance(slots, Slots)
+    assert slots.few_rows is None
 
 
 def test_rows_of_one_prompt_are_known_until_one_is_given_other_tokens(tiny_model):

@@ -42,12 +42,12 @@ def test_products_are_those_of_the_matrix_while_rows_end(matrix, bias):
 @needs_packing
 @torch.no_grad()
 def test_a_matrix_is_packed_once(matrix):
-    mode, seen = FewRows(), set()
+    mode, seen = FewRows(), []
     for rows in (8, 8, 5, 1, 40):
-        with mode:
+        with mode.of((), 0):
             linear(numbers(rows, WIDE), matrix)
-        seen.add(id(mode.packed[id(matrix)][2]))
-    assert len(seen) == 1
+        seen.append(mode.packed[id(matrix)][2])
+    assert all(x is seen[0] for x in seen)
 
 
 @needs_packing
@@ -84,14 +84,14 @@ def test_attention_of_one_token_a_row_is_that_of_the_formula(keys, scale, monkey
     value = value[:, :, :places]
     visible = torch.arange(places) <= torch.tensor([2, 8, 5])[:, None]
     monkeypatch.setattr(fewrows, "linear", None)
-    with FewRows().of([Run(0, n, 0, places)]):
+    with FewRows().of([Run(0, n, 0, places)], places):
         found = scaled_dot_product_attention(query, key, value, attn_mask=visible[:, None, None], scale=scale)
     k, v = (x.double().repeat_interleave(heads // keys, 1) for x in (key, value))
     scores = torch.einsum("nhqd,nhkd->nhqk", query.double(), k) * (scale or width**-0.5)
     weights = scores.masked_fill(~visible[:, None, None], -torch.inf).softmax(-1)
     torch.testing.assert_close(found, (weights @ v).float(), atol=1e-6, rtol=1e-5)
     together = query.view(n, keys, heads // keys, width)  # as transformers has it
-    with FewRows().of([Run(0, n, 0, places)]):
+    with FewRows().of([Run(0, n, 0, places)], places):
         same = scaled_dot_product_attention(together, key, value, attn_mask=visible[:, None, None], scale=scale)
     assert torch.equal(same.view_as(found), found)
 
@@ -114,9 +114,20 @@ def test_rows_of_one_prompt_read_what_they_share_once(keys):
     k, v = (x.double().repeat_interleave(heads // keys, 1) for x in known)
     scores = torch.einsum("nhqd,nhkd->nhqk", query.double(), k) * width**-0.5
     exact = scores.masked_fill(~visible, -torch.inf).softmax(-1) @ v
-    with FewRows().of(runs):
+    with FewRows().of(runs, places):
         found = scaled_dot_product_attention(query, key, value, attn_mask=visible)
     torch.testing.assert_close(found, exact.float(), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("rows", "places"), [(4, 7), (3, 8), (2, 7)])
+def test_attention_of_other_rows_or_places_is_not_taken_over(rows, places, monkeypatch):
+    """Here 3 rows and 7 places are announced."""
+    monkeypatch.setattr(fewrows, "_attention", None)
+    query, key = numbers(rows, 2, 1, 4), numbers(rows, 2, places, 4)
+    mask = torch.ones(rows, 1, 1, places, dtype=torch.bool)
+    with FewRows().of([Run(0, 3, 0, 7)], 7):
+        found = scaled_dot_product_attention(query, key, key, attn_mask=mask)
+    assert found.shape == query.shape
 
 
 def test_other_devices_and_precisions_go_without():
