@@ -41,8 +41,9 @@ def test_a_reward_model_learns_the_pairs_it_sees_again_and_again(quiet, tmp_path
     assert last < 0.07
 
 
-def test_the_suite_of_real_pairs_plans_each_method_for_each_seed(quiet, tmp_path):
-    document = parse((BENCHMARKS / "suites/hh.yaml").read_text("utf-8"), "hh.yaml")
+@pytest.mark.parametrize("name", ["hh", "persona"])
+def test_the_suites_of_real_pairs_plan_each_method_for_each_seed(quiet, tmp_path, name):
+    document = parse((BENCHMARKS / f"suites/{name}.yaml").read_text("utf-8"), f"{name}.yaml")
     suite = validated(SuiteConfig, document, quiet.find)
     cells = make_plan(suite, document, tmp_path, quiet.find).cells
     assert len(cells) == len(suite.seeds) * len(suite.methods)

@@ -198,7 +198,7 @@ def test_rows_of_one_prompt_are_known_until_one_is_given_other_tokens(tiny_model
     slots.read([(5, 6, 7), (5, 6, 7)], [0, 4])
     slots.copy(0, [1, 2], 3)
     slots.copy(1, [3], 2)
-    assert slots._runs([3, 4, 8, 2, 3]) == [Run(0, 4, 2, 9), Run(4, 5, 0, 4)]
+    assert slots._runs([3, 4, 8, 5, 3]) == [Run(0, 4, 2, 9), Run(4, 5, 0, 4)]
     assert slots._runs([3, 3, 9]) == [Run(0, 3, 3, 10)]
     assert slots._runs([3, 1, 9]) == [Run(0, 3, 1, 10)]  # row 1 is written over from there on
     assert slots._runs([3, 4, 10]) == [Run(0, 3, 1, 11)]
