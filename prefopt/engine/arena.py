@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Sequence as List
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from functools import partial
 from itertools import groupby
 from typing import Any
@@ -129,8 +129,7 @@ class Slots:
             part, order = order[first:], order[:first]
             self._pass("begin", torch.tensor([slots[i] for i in part], device=self.device))
             ids = pad_sequence([torch.tensor(prompts[i]) for i in part], batch_first=True)
-            with self._few((), 0):
-                self.network.base_model(input_ids=ids.to(self.device), past_key_values=self.cache, use_cache=True)
+            self.network.base_model(input_ids=ids.to(self.device), past_key_values=self.cache, use_cache=True)
 
     def copy(self, source: int, targets: List[int], length: int) -> None:
         mark, size = self.prompts[source]
@@ -144,7 +143,8 @@ class Slots:
     @torch.no_grad()
     def advance(self, tokens: Tensor, positions: Tensor, width: int) -> Tensor:
         self._pass("extend", torch.arange(len(tokens), device=self.device), positions, width)
-        with self._few(self._runs(positions.tolist()) if self.few_rows else (), width):
+        few = self.few_rows
+        with few.of(self._runs(positions.tolist()), width) if few else nullcontext():
             out = self.network(
                 input_ids=tokens[:, None],
                 attention_mask=masks(self.config, partial(_visible, positions, width)),
@@ -153,9 +153,6 @@ class Slots:
                 use_cache=True,
             )
         return out.logits[:, 0]  # type: ignore[no-any-return]
-
-    def _few(self, runs: List[Run], width: int) -> AbstractContextManager[Any]:
-        return self.few_rows.of(runs, width) if self.few_rows else nullcontext()
 
     def _runs(self, positions: list[int]) -> list[Run]:
         """The rows at `positions`, those of one prompt together that stand side by side where that is worth it, and so
