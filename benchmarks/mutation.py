@@ -6,8 +6,9 @@ A mutant is one change in one place of a method's functions: a sign, an operator
 rejected exchanged, a sum for a mean, another unit, a number off by one, a comparison that takes or leaves equality, a
 setting replaced by its default. It is killed when a property of the kit fails for a method that has the changed class
 among its own, at its defaults or at the other settings that its plugin tests, when a pinned number changes, or when it
-cannot run; properties alone and both together are counted. Left out: messages, the core's own sft and dft, and, for
-time, properties that go through the engine. Reasons why a survivor is none that matters are taken over from OUT.json.
+cannot run; properties alone and both together are counted. The core's own methods are among them. Left out: messages
+and, for time, properties that go through the engine. Reasons why a survivor is none that matters are taken over from
+OUT.json.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import re
 import runpy
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -36,6 +37,7 @@ from prefopt.testing.settings import label
 
 ROOT = Path(__file__).parents[1]
 PLUGINS = {"prefopt_dpo": "prefopt-dpo", "prefopt_orpo": "prefopt-orpo", "prefopt_kto": "prefopt-kto"}
+CORE = "prefopt.builtin.algorithms"
 CHECKS = {name: check for name, check in kit.PROPERTIES.items() if not name.startswith("engine")}
 SWAPS = {"chosen": "rejected", "rejected": "chosen", "mean_tokens": "sum_tokens", "sum_tokens": "mean_tokens"}
 UNITS = {"pairs": "sequences", "sequences": "groups", "groups": "sequences", "tokens": "sequences"}
@@ -130,6 +132,15 @@ class Mutated(Loader, MetaPathFinder):
     def exec_module(self, module: types.ModuleType) -> None:
         exec(compile(self.source, str(self.path), "exec"), vars(module))
 
+    def methods(self) -> Sequence[type[Algorithm]]:
+        """Those of the plugin, or of this module of the core: the core itself stays as it is."""
+        if self.name != CORE:
+            return self.package().METHODS  # type: ignore[no-any-return]
+        module = types.ModuleType(self.name)
+        self.exec_module(module)
+        kinds = [x for x in vars(module).values() if isinstance(x, type) and issubclass(x, Algorithm)]
+        return [x for x in kinds if x.__module__ == self.name]
+
     def package(self) -> types.ModuleType:
         """The whole package, anew."""
         package = self.name.partition(".")[0]
@@ -145,7 +156,7 @@ class Mutated(Loader, MetaPathFinder):
 def survives(mutated: Mutated, cls: str, pins: dict[str, Any], others: list[Algorithm]) -> tuple[bool, bool]:
     """Whether the properties let a mutant live, and whether the pinned numbers do too."""
     try:
-        methods = [m for m in mutated.package().METHODS if not cls or cls in (base.__name__ for base in m.__mro__)]
+        methods = [m for m in mutated.methods() if not cls or cls in (base.__name__ for base in m.__mro__)]
         made = [method() for method in methods]
         made += [m.model_validate(other.model_dump()) for other in others for m in methods if m.name == other.name]
         alive = not any(kit._failure(name, algorithm) for algorithm in made for name in CHECKS)
@@ -185,18 +196,23 @@ def main(out: Path) -> None:
 
 def judged() -> Iterator[tuple[str, bool, bool]]:
     """The name of each mutant, and what `survives` says of it."""
-    for package, folder in PLUGINS.items():
-        tests = ROOT / "plugins" / folder / "tests"
-        others = list(runpy.run_path(str(tests / "test_conformance.py"))["OTHERS"])
-        pins = json.loads((tests / "pins.json").read_text("utf-8"))
-        for path in sorted((ROOT / "plugins" / folder / "src" / package).glob("*.py")):
-            if path.stem == "__init__":
-                continue
-            kinds = vars(import_module(f"{package}.{path.stem}")).items()
-            defaults = {n: _numbers(c) for n, c in kinds if isinstance(c, type) and issubclass(c, Algorithm)}
-            for name, cls, source in mutants(path.read_text("utf-8"), defaults):
-                mutated = Mutated(f"{package}.{path.stem}", path, source)
-                yield f"{path.stem}.{name}", *survives(mutated, cls, pins, others)
+    for module, path, tests in sources():
+        others = list(runpy.run_path(str(tests))["OTHERS"])
+        pins = json.loads(tests.with_name("pins.json").read_text("utf-8"))
+        kinds = vars(import_module(module)).items()
+        defaults = {n: _numbers(c) for n, c in kinds if isinstance(c, type) and issubclass(c, Algorithm)}
+        for name, cls, source in mutants(path.read_text("utf-8"), defaults):
+            yield f"{path.stem}.{name}", *survives(Mutated(module, path, source), cls, pins, others)
+
+
+def sources() -> Iterator[tuple[str, Path, Path]]:
+    """Each module with methods, its file, and the test that names their other settings."""
+    yield CORE, ROOT / "prefopt/builtin/algorithms.py", ROOT / "tests/builtin/test_algorithms.py"
+    for package, name in PLUGINS.items():
+        folder = ROOT / "plugins" / name
+        for path in sorted((folder / "src" / package).glob("*.py")):
+            if path.stem != "__init__":
+                yield f"{package}.{path.stem}", path, folder / "tests/test_conformance.py"
 
 
 def _plain(mutant: str) -> str:

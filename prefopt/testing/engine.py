@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from shutil import rmtree
@@ -43,25 +43,45 @@ from prefopt.testing.tiny import build_tiny, tiny_config
 
 @dataclass(frozen=True)
 class Trial:
-    """The metrics of a first step, and the gradient of every parameter, one after the other."""
+    """The metrics of a first step, the gradient of every parameter, one after the other, and whether the method drew
+    random numbers for its rows."""
 
     metrics: dict[str, float]
     flat: Tensor
+    drew: bool = False
+
+
+class Unused(LookupError):
+    """The method uses none of the rows."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What a step is taken on: how many rows, turned round or not, each cut short or not, and whether the reference is
+    the policy."""
+
+    count: int = 5
+    turned: bool = False
+    cut: bool = False
+    at_reference: bool = False
 
 
 _kept: dict[tuple[object, ...], Trial] = {}
 _latest: dict[tuple[object, ...], Ready] = {}
-ROWS = 5
+USUAL = Rows()
+SHORT = 5
+"""Tokens that are left of rows cut short."""
 PATIENCE = 120.0
 """Seconds that two processes have for a step, the first time for their imports as well."""
 
 
-def trial(algorithm: Algorithm, ranks: int = 1, **way: Any) -> Trial:
+def trial(algorithm: Algorithm, ranks: int = 1, rows: Rows = USUAL, **way: Any) -> Trial:
     """The first step on a few rows, on the fast path and in one microbatch unless `way` says otherwise: `forward`,
-    `token_budget` and `precision`, as in the section `optim`. `ranks` 2 takes it on two processes."""
-    key = (*_key(algorithm), ranks, json.dumps(way, sort_keys=True))
+    `token_budget` and `precision`, as in the section `optim`. `ranks` 2 takes it, on the usual rows, on two
+    processes."""
+    key = (*_key(algorithm), ranks, rows, json.dumps(way, sort_keys=True))
     if key not in _kept:
-        _kept[key] = first_step(algorithm, way) if ranks == 1 else _pair().step(algorithm, way)
+        _kept[key] = first_step(algorithm, way, rows) if ranks == 1 else _pair().step(algorithm, way)
     return _kept[key]
 
 
@@ -74,11 +94,12 @@ def largest_gap(one: Trial, other: Trial) -> float:
     return float((one.flat - other.flat).abs().max() / one.flat.abs().max().clamp(min=1e-12))
 
 
-def first_step(algorithm: Algorithm, way: dict[str, Any], home: Path | None = None) -> Trial:
-    """The step in this process, or in this one of several. Raises `PrefoptError` where the engine does."""
+def first_step(algorithm: Algorithm, way: dict[str, Any], rows: Rows = USUAL, home: Path | None = None) -> Trial:
+    """The step in this process, or in this one of several. Raises `PrefoptError` where the engine does, `Unused` where
+    there is none."""
     before = torch.are_deterministic_algorithms_enabled()
     try:
-        return _step(_ready(algorithm, _home() if home is None else home), way)
+        return _step(_ready(algorithm, _home() if home is None else home, rows), way)
     finally:
         torch.use_deterministic_algorithms(before)
 
@@ -100,33 +121,44 @@ def _step(ready: Ready, way: dict[str, Any]) -> Trial:
     loop.forwarder.budget = way.get("token_budget", ready.budget)
     loop.forwarder.dtype = way.get("precision", "float32")
     loop.optimizer.clear()
-    built, recorded = loop.prepared(ready.built, loop.context(0, {}))
+    context, drawn = loop.context(0, {}), []
+
+    def make(purpose: str) -> torch.Generator:
+        drawn.append(purpose)
+        return context.make_generator(purpose)
+
+    built, recorded = loop.prepared(ready.built, replace(context, make_generator=make))
     metrics = backward(loop.algorithm, loop.forwarder, built)
     parameters = dict(loop.scorer.named_parameters())
     slopes = [x.grad if x.grad is not None else torch.zeros_like(x) for _, x in sorted(parameters.items())]
-    return Trial(recorded | metrics, torch.cat([x.detach().flatten() for x in slopes]))
+    return Trial(recorded | metrics, torch.cat([x.detach().flatten() for x in slopes]), bool(drawn))
 
 
-def _ready(algorithm: Algorithm, home: Path) -> Ready:
-    """The run, made once for all ways of one algorithm."""
-    key = _key(algorithm)
+def _ready(algorithm: Algorithm, home: Path, rows: Rows) -> Ready:
+    """The run, made once for all ways of one algorithm with the same rows."""
+    key = (*_key(algorithm), rows)
     if key not in _latest:
         _latest.clear()
-        _latest[key] = _assembled(algorithm, home)
+        _latest[key] = _assembled(algorithm, home, rows)
     return _latest[key]
 
 
-def _assembled(algorithm: Algorithm, home: Path) -> Ready:
+def _assembled(algorithm: Algorithm, home: Path, rows: Rows) -> Ready:
     run = Path(tempfile.mkdtemp(dir=home)) / "run"
-    sections: dict[str, Any] = {"optim": {"batch_size": ROWS}, "run": {"steps": 1}}
+    sections: dict[str, Any] = {"optim": {"batch_size": rows.count}, "run": {"steps": 1}}
     if algorithm.needs().reference:
-        sections["reference"] = {"path": str(home / "reference")}
+        sections["reference"] = {"path": str(home / ("policy" if rows.at_reference else "reference"))}
+    if rows.cut:
+        sections["data"] = {"max_length": SHORT, "overflow": "truncate"}
     config = tiny_config(home / "policy", run, sections, installed(), own=algorithm)
     run.mkdir()
     loop, _ = Session(config, installed(), Ranks("cpu"), RunFolder(run), lambda message: None).assemble()
     draws = algorithm.needs().draws
-    built = loop.assembler.of(rollouts(draws, ROWS)) if draws else loop.assembler(loop.order.step(0))
-    assert built is not None, "the rows of a step are all used"
+    given = [*(rollouts(draws, rows.count, rows.cut) if draws else loop.order.step(0))]
+    given = given[::-1] if rows.turned else given
+    built = (loop.assembler.of if draws else loop.assembler)(given)
+    if built is None:
+        raise Unused(f"`{algorithm.name}` uses none of {rows}")
     return Ready(loop, built, loop.scorer.paths, loop.forwarder.budget)
 
 
@@ -245,7 +277,7 @@ def _found(module: str, name: str, file: str) -> Any:
 def _answer(job: dict[str, Any], home: Path) -> dict[str, Any]:
     try:
         cls = _found(*job["class"])
-        found = first_step(cls.model_validate_json(job["settings"], strict=True), job["optim"], home)
+        found = first_step(cls.model_validate_json(job["settings"], strict=True), job["optim"], home=home)
     except Exception as error:  # whatever it is, the other side has to hear of it
         return {"error": f"{type(error).__name__}: {error}"}
     return {"metrics": found.metrics, "flat": base64.b64encode(found.flat.numpy().tobytes()).decode()}

@@ -21,12 +21,12 @@ from prefopt.config.yaml import dump, parse
 from prefopt.errors import MissingColumn, PrefoptError
 from prefopt.maths.constants import holding
 from prefopt.rows import Comparison, Demonstration, Judgement, Ranking, Role, Rollout
+from prefopt.testing import through
 from prefopt.testing.engine import installed
 from prefopt.testing.failure import ConformanceFailure, require
 from prefopt.testing.rollouts import best_and_worst, in_a_later_pass
 from prefopt.testing.settings import default, instance, label, others
 from prefopt.testing.synthetic import Synthetic, context
-from prefopt.testing.through import engine_bfloat16, engine_fast_path, engine_microbatches, engine_ranks
 
 PADDING = 3
 EXTREME = 1e4
@@ -412,8 +412,9 @@ def _properties() -> Iterator[tuple[str, Callable[[Algorithm], None]]]:
     checks = (written, round_trip, finite, gradient, at_the_start, swap, permutation, microbatches, padding, sizes)
     for check in (*checks, minimal_needs, options, distinct, state):
         yield check.__name__, check
-    for check in (engine_fast_path, engine_microbatches, engine_ranks, engine_bfloat16):
-        yield check.__name__, check
+    for name, check in vars(through).items():
+        if name.startswith("engine_"):
+            yield name, check
 
 
 PROPERTIES = dict(_properties())

@@ -32,8 +32,9 @@ def rollout(draws: List[Draw], completion: Callable[[], Completion], *, index: i
     return Rollout(**shared, index=index, completions=tuple(drawn), roles=tuple(roles))
 
 
-def rollouts(draws: List[Draw], size: int) -> list[Rollout]:
-    """Rows for the tiny model: prompts to count from, and letters as if they had been drawn."""
+def rollouts(draws: List[Draw], size: int, cut: bool = False) -> list[Rollout]:
+    """Rows for the tiny model: prompts to count from, and letters as if they had been drawn; `cut` off, all of them, or
+    some."""
     generator = torch.Generator().manual_seed(0)
 
     def completion() -> Completion:
@@ -43,7 +44,10 @@ def rollouts(draws: List[Draw], size: int) -> list[Rollout]:
         score = float(torch.rand((), generator=generator))
         return Completion(" ".join(map(str, ids)), ids=ids, logps=logps, score=score)
 
-    return [rollout(draws, completion, index=i, prompt=f"count from {i}: ") for i in range(size)]
+    made = [rollout(draws, completion, index=i, prompt=f"count from {i}: ") for i in range(size)]
+    if cut:
+        made = [replace(row, completions=tuple(replace(c, finished=False) for c in row.completions)) for row in made]
+    return made
 
 
 def in_a_later_pass(algorithm: Algorithm) -> Algorithm:

@@ -3,10 +3,13 @@ engine would not count."""
 
 from __future__ import annotations
 
+from math import isfinite
+
 import torch
 
 from prefopt.components import Algorithm
-from prefopt.testing.engine import Trial, largest_gap, trial
+from prefopt.rows import Role, Rollout
+from prefopt.testing.engine import Rows, Trial, Unused, largest_gap, trial
 from prefopt.testing.failure import require
 
 
@@ -35,6 +38,36 @@ def engine_bfloat16(algorithm: Algorithm) -> None:
     require(near, f"in bfloat16 the loss is {other.metrics['loss/total']:.4g}, not {one.metrics['loss/total']:.4g}")
     cosine = torch.nn.functional.cosine_similarity(one.flat, other.flat, dim=0)
     require(bool(cosine > 0.5), f"in bfloat16 the gradient points elsewhere (cosine {float(cosine):.3f})")
+
+
+def engine_order(algorithm: Algorithm) -> None:
+    """The order of the rows of a step changes nothing. (Not where a row's probe is made of its neighbours, or random
+    numbers are drawn for rows.)"""
+    probing = {Role.PROBE} in map(set, algorithm.needs().columns.values())
+    if not probing and not (usual := trial(algorithm)).drew:
+        _alike(algorithm, usual, trial(algorithm, rows=Rows(turned=True)), 1e-5, "with its rows turned round")
+
+
+def engine_sizes(algorithm: Algorithm) -> None:
+    """A step of one row and of three rows is finite, and so is one whose rows are all cut short, if it uses them."""
+    for rows, what in ((Rows(1), "one row"), (Rows(3), "three rows"), (Rows(3, cut=True), "rows cut short")):
+        try:
+            found = trial(algorithm, rows=rows)
+        except Unused:
+            require(rows.cut, f"nothing is made of {what}")
+            continue
+        for name, x in found.metrics.items():
+            require(isfinite(x), f"{name} of {what} is {x}")
+        require(bool(found.flat.isfinite().all()), f"the gradient of {what} is not finite")
+
+
+def engine_start(algorithm: Algorithm) -> None:
+    """Where the policy is the reference the loss is `loss_at_init`. (Not of samples: these were drawn by neither.)"""
+    expected = None if algorithm.eats is Rollout else algorithm.loss_at_init()
+    if expected is not None:
+        loss = trial(algorithm, rows=Rows(at_reference=True)).metrics["loss/total"]
+        close = abs(loss - expected) <= 1e-5 * max(1.0, abs(expected))
+        require(close, f"the loss where the policy is the reference is {loss:.8g}, not {expected:.8g}")
 
 
 def _alike(algorithm: Algorithm, one: Trial, other: Trial, tolerance: float, how: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from itertools import combinations
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,11 +13,17 @@ from prefopt.batch import Batch, Policy
 from prefopt.builtin.algorithms import DynamicFineTuning, RewardModel, RewardModelListwise, SupervisedFineTuning
 from prefopt.errors import DataError
 from prefopt.rows import Completion, Demonstration, Message, Role
-from prefopt.testing import conformance
+from prefopt.testing import conformance, pinned
 
-test_sft_conforms = conformance(
-    SupervisedFineTuning, SupervisedFineTuning(scope="sequence"), DynamicFineTuning, DynamicFineTuning(scope="sequence")
+METHODS = (SupervisedFineTuning, DynamicFineTuning, RewardModel, RewardModelListwise)
+OTHERS = (
+    SupervisedFineTuning(scope="sequence"),
+    DynamicFineTuning(scope="sequence"),
+    RewardModel(margin=True, centre=0.01),
+    RewardModel(labels="hard"),
 )
+test_conformance = conformance(*METHODS, *OTHERS)
+test_numbers_stay = pinned(Path(__file__).with_name("pins.json"), *METHODS, *OTHERS)
 
 
 def test_the_whole_sequence_is_scored_as_one_and_a_conversation_is_not():
@@ -26,12 +33,6 @@ def test_the_whole_sequence_is_scored_as_one_and_a_conversation_is_not():
     talk = Demonstration(prompt=(Message("user", "Hi"),), completion=Completion("a"))
     with pytest.raises(DataError, match="never scored as a whole"):
         SupervisedFineTuning(scope="sequence").arrange([talk])
-
-
-test_reward_model_conforms = conformance(RewardModel)
-test_reward_model_with_all_options_conforms = conformance(RewardModel(margin=True, centre=0.01))
-test_reward_model_with_hard_labels_conforms = conformance(RewardModel(labels="hard"))
-test_listwise_conforms = conformance(RewardModelListwise)
 
 
 def test_sft_is_the_mean_over_all_completion_tokens():

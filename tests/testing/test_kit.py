@@ -209,6 +209,27 @@ class Placed(Base):
         return Loss(share * super().loss(batch, policy).value)
 
 
+class First(Base):
+    """The first row of a step counts double; the groups of a synthetic batch keep their numbers, whatever the order."""
+
+    name = "first"
+
+    def loss(self, batch, policy):
+        value = torch.nn.functional.softplus(-pair_margin(batch, policy))
+        chosen, _ = batch.pairs(batch.group)
+        return Loss(batch.mean(value * (1 + (chosen == 0)), "pairs"))
+
+
+class Unbiased(Base):
+    """Divides by one less than there are."""
+
+    name = "unbiased"
+
+    def loss(self, batch, policy):
+        pairs = torch.tensor(float(batch.counts["pairs"]))
+        return Loss(super().loss(batch, policy).value * pairs / (pairs - 1))
+
+
 class Declared(Base):
     """A constant that is meant."""
 
@@ -304,6 +325,9 @@ def test_a_correct_method_passes():
         (Numbers, "state", "is int, not a tensor"),
         (Placed, "engine_microbatches", "in many microbatches, loss/total is"),
         (Placed, "engine_ranks", "on two processes, loss/total is"),
+        (First, "engine_order", "with its rows turned round, loss/total is"),
+        (Unbiased, "engine_sizes", "loss/total of one row is inf"),
+        (Stale, "engine_start", "the loss where the policy is the reference is 0.69314718, not 0.5"),
     ],
 )
 def test_a_broken_promise_is_named(cls, property_, words):
