@@ -33,8 +33,8 @@ def rollout(draws: List[Draw], completion: Callable[[], Completion], *, index: i
 
 
 def rollouts(draws: List[Draw], size: int, cut: bool = False) -> list[Rollout]:
-    """Rows for the tiny model: prompts to count from, and letters as if they had been drawn; `cut` off, all of them, or
-    some."""
+    """Rows for the tiny model: prompts to count from, and letters as if they had been drawn. With `cut` no completion
+    is finished, else two of three are."""
     generator = torch.Generator().manual_seed(0)
 
     def completion() -> Completion:
