@@ -53,8 +53,8 @@ class LanguageModel(Protocol):
         """Writes it to a new folder, as `from_pretrained` and servers read it: weights as safetensors, adapters merged
         into them, and the tokenizer."""
 
-    def arena(self, slots: int, capacity: int) -> Arena:
-        """Room for `slots` rows of at most `capacity` tokens."""
+    def arena(self, slots: int, prompt: int, room: int) -> Arena:
+        """Space for `slots` rows of at most `prompt` tokens to begin with and `room` more."""
 
 
 class Arena(Protocol):

@@ -151,9 +151,10 @@ class _Drawing:
         self.rooms = [room(models, request, sampler.max_new_tokens) for request in requests]
         self.queue = sorted(range(len(requests)), key=lambda i: (len(requests[i].prompt), requests[i].prompt))
         slots = min(sampler.slots or _usual_slots(self.model), len(requests))
-        self.capacity = max(len(r.prompt) + room for r, room in zip(requests, self.rooms, strict=True))
-        self.arenas: list[Arena] = [model.arena(slots, self.capacity) for model in models]
-        self.rows = _Rows.empty(slots, max(self.rooms), self.model.device)
+        longest, most = max(len(request.prompt) for request in requests), max(self.rooms)
+        self.capacity = longest + most
+        self.arenas: list[Arena] = [model.arena(slots, longest, most) for model in models]
+        self.rows = _Rows.empty(slots, most, self.model.device)
         self.ends = torch.tensor(sorted(self.model.end_ids), dtype=torch.long, device=self.model.device)
         self.owner: list[int | None] = [None] * slots
         self.held: list[tuple[int, ...] | None] = [None] * slots

@@ -1,4 +1,5 @@
 """Keys and values of rows in progress, in slots allocated once: no row is moved when another grows, ends or begins.
+Where rows of one prompt are treated together, what each row is given after its prompt stands from the same column on.
 
 It knows slots, tokens and positions; which rows there are, and how their tokens are chosen, is the sampler's business.
 Whether a model can be advanced this way is found out by comparing a few steps with each row read whole.
@@ -8,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Sequence as List
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from itertools import groupby
 from typing import Any
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from prefopt.engine.fewrows import Run, few_rows
+from prefopt.engine.fewrows import Block, Step, few_rows
 from prefopt.engine.forward import masks
 from prefopt.engine.probe import WINDOW, narrow
 from prefopt.sampling import Arena
@@ -35,6 +36,8 @@ SHARED_TOKENS = 512
 TOLERANCE = 1e-4
 PROMPTS = ((5, 6, 7, 8, 9, 10, 11), (3,), (5, 6, 7, 8), (9, 8, 7, 6, 5, 4, 3, 2, 1))
 STEPS = 2 * WINDOW
+NOWHERE = 1 << 40
+"""A position beyond every row."""
 
 
 class Layer(CacheLayerMixin):  # type: ignore[misc]
@@ -69,17 +72,15 @@ class Layer(CacheLayerMixin):  # type: ignore[misc]
         self.keys[slots, :, :size], self.values[slots, :, :size] = keys, values
         return keys, values
 
-    def extend(
-        self, rows: Tensor, positions: Tensor, width: int, keys: Tensor, values: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def extend(self, rows: Tensor, columns: Tensor, width: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """One token into each of the first n slots; a row sees what stands there."""
         self._prepare(width)
-        self.keys[rows, :, positions], self.values[rows, :, positions] = keys[:, :, 0], values[:, :, 0]
+        self.keys[rows, :, columns], self.values[rows, :, columns] = keys[:, :, 0], values[:, :, 0]
         return self.keys[: len(rows), :, :width], self.values[: len(rows), :, :width]
 
-    def copy(self, source: int, targets: Tensor, length: int) -> None:
+    def copy(self, source: int, targets: Tensor, columns: slice) -> None:
         for x in (self.keys, self.values):
-            x[targets, :, :length] = x[source, :, :length]
+            x[targets, :, columns] = x[source, :, columns]
 
     def _prepare(self, width: int) -> None:
         """Numbers must stand where a mask hides them: 0 times what memory happens to hold may be no number."""
@@ -102,15 +103,19 @@ class Layer(CacheLayerMixin):  # type: ignore[misc]
 class Slots:
     """Implements `prefopt.components.Arena` with one cache for all rows, through the model's own attention."""
 
-    def __init__(self, network: Any, slots: int, capacity: int, fast: bool = True) -> None:
+    def __init__(self, network: Any, slots: int, prompt: int, room: int, fast: bool = True) -> None:
         """`fast` allows what a CPU has for few rows."""
         self.network = network
         self.config = self.network.config.get_text_config()
         vectors = self.network.get_input_embeddings().weight
         self.device, self.dtype = vectors.device, vectors.dtype
-        self.layers = [Layer(slots, capacity) for _ in range(self.config.num_hidden_layers)]
+        self.layers = [Layer(slots, prompt + room) for _ in range(self.config.num_hidden_layers)]
         self.cache = Cache(layers=self.layers)
-        self.few_rows = few_rows(self.device, self.dtype) if fast else None
+        self.few_rows = few_rows(self.network, self.device, self.dtype) if fast else None
+        self.edge = prompt
+        """The column where a row's own tokens begin, if `few_rows`; else they follow its prompt."""
+        self.bases = [0] * slots
+        """How many tokens stand before them."""
         self.prompts = [(-1 - slot, 0) for slot in range(slots)]
         """Of the prompt at the beginning of each slot: a mark of when it was read, and how many of its tokens still
         stand there."""
@@ -120,7 +125,8 @@ class Slots:
     @torch.no_grad()
     def read(self, prompts: List[tuple[int, ...]], slots: List[int]) -> None:
         for prompt, slot in zip(prompts, slots, strict=True):
-            self.prompts[slot], self.marks = (self.marks, len(prompt)), self.marks + 1
+            self.prompts[slot], self.bases[slot] = (self.marks, len(prompt)), len(prompt)
+            self.marks += 1
         order = sorted((i for i, prompt in enumerate(prompts) if prompt), key=lambda i: len(prompts[i]))
         while order:
             longest = len(prompts[order[-1]])
@@ -132,58 +138,87 @@ class Slots:
             self.network.base_model(input_ids=ids.to(self.device), past_key_values=self.cache, use_cache=True)
 
     def copy(self, source: int, targets: List[int], length: int) -> None:
-        mark, size = self.prompts[source]
+        (mark, size), base = self.prompts[source], self.bases[source]
         for target in targets:
-            self.prompts[target] = mark, min(size, length)
+            self.prompts[target], self.bases[target] = (mark, min(size, length)), base
+        parts = [slice(length)]
+        if self.few_rows:
+            parts = [slice(min(length, base)), slice(self.edge, self.edge + length - base)]
         index = torch.tensor(targets, device=self.device)
         for layer in self.layers:
-            if length and layer.is_initialized:
-                layer.copy(source, index, length)
+            for part in parts:
+                if layer.is_initialized and (part.start or 0) < part.stop:
+                    layer.copy(source, index, part)
 
     @torch.no_grad()
     def advance(self, tokens: Tensor, positions: Tensor, width: int) -> Tensor:
-        self._pass("extend", torch.arange(len(tokens), device=self.device), positions, width)
-        few = self.few_rows
-        with few.of(self._runs(positions.tolist()), width) if few else nullcontext():
+        columns, standing = positions, torch.arange(width, device=self.device)
+        fast: AbstractContextManager[Any] = nullcontext()
+        if self.few_rows:
+            known = positions.tolist()
+            placed = [self._column(row, position) for row, position in enumerate(known)]
+            columns, width = torch.tensor(placed), 1 + max(placed)
+            standing = self._standing(len(known), width)
+            fast = self.few_rows.of(Step(self._blocks(known, placed), len(known), width))
+        self._pass("extend", torch.arange(len(tokens), device=self.device), columns, width)
+        with fast:
             out = self.network(
                 input_ids=tokens[:, None],
-                attention_mask=masks(self.config, partial(_visible, positions, width)),
+                attention_mask=masks(self.config, partial(_visible, positions, standing)),
                 position_ids=positions[:, None],
                 past_key_values=self.cache,
                 use_cache=True,
             )
         return out.logits[:, 0]  # type: ignore[no-any-return]
 
-    def _runs(self, positions: list[int]) -> list[Run]:
-        """The rows at `positions`, those of one prompt together that stand side by side where that is worth it, and so
-        the others. What a row is given from its position on is its own."""
+    def _column(self, row: int, position: int) -> int:
+        """Where a token of a row stands."""
+        base = self.bases[row]
+        return position if position < base else self.edge - base + position
+
+    def _standing(self, rows: int, width: int) -> Tensor:
+        """The position of what stands in each column, [rows, width]; none that is ever reached in those between."""
+        column, base = torch.arange(width), torch.tensor(self.bases[:rows])[:, None]
+        after = torch.where(column < self.edge, NOWHERE, column - self.edge + base)
+        return torch.where(column < base, column, after)
+
+    def _blocks(self, positions: list[int], columns: list[int]) -> list[Block]:
+        """What the rows at `positions` see: of rows of one prompt that stand side by side, what they share of it
+        together where that is worth it, and what each has for itself. What a row is given from its position on is its
+        own."""
         for row, position in enumerate(positions):
             mark, size = self.prompts[row]
             self.prompts[row] = mark, min(size, position)
-        runs: list[Run] = []
+        own: list[Block] = []
+        together: list[Block] = []
         for _, group in groupby(range(len(positions)), key=lambda row: self.prompts[row][0]):
             rows = list(group)
             size = min(self.prompts[row][1] for row in rows)
             shared = size if (len(rows) - 1) * size >= self.worth else 0
-            run = Run(rows[0], rows[-1] + 1, shared, 1 + max(positions[row] for row in rows))
-            if runs and not runs[-1].shared and not shared:
-                run = Run(runs[-1].first, run.end, 0, max(runs.pop().width, run.width))
-            runs.append(run)
-        return runs
+            whole = shared and all(self.bases[row] == shared for row in rows)
+            block = Block(rows[0], rows[-1] + 1, self.edge if whole else shared, 1 + max(columns[row] for row in rows))
+            if shared:
+                together.append(Block(block.first, block.end, 0, shared, together=True))
+            if own and own[-1].start == block.start:
+                last = own.pop()
+                block = Block(last.first, block.end, block.start, max(last.stop, block.stop))
+            own.append(block)
+        return own + together
 
     def _pass(self, name: str, *arguments: Any) -> None:
         for layer in self.layers:
             layer.way = name, arguments
 
 
-def _visible(positions: Tensor, width: int, window: int | None) -> Tensor:
-    """What rows at `positions` [n] may see of their first `width` places, [n, 1, 1, width].
+def _visible(positions: Tensor, standing: Tensor, window: int | None) -> Tensor:
+    """What rows at `positions` [n] may see of columns with tokens of positions `standing`, [width] or [n, width];
+    [n, 1, 1, width].
 
-    >>> _visible(torch.tensor([1, 3]), 4, 2).int().view(2, 4)
+    >>> _visible(torch.tensor([1, 3]), torch.arange(4), 2).int().view(2, 4)
     tensor([[1, 1, 0, 0],
             [0, 0, 1, 1]], dtype=torch.int32)
     """
-    behind = positions[:, None] - torch.arange(width, device=positions.device)
+    behind = positions[:, None] - standing
     seen = behind >= 0 if window is None else (behind >= 0) & (behind < window)
     return seen[:, None, None]
 
@@ -225,13 +260,13 @@ _fast: WeakKeyDictionary[nn.Module, bool | None] = WeakKeyDictionary()
 """Of each network whether its slots may be fast; None where slots do not hold."""
 
 
-def arena(network: nn.Module, slots: int, capacity: int, warn: Callable[[str], None]) -> Arena:
+def arena(network: nn.Module, slots: int, prompt: int, room: int, warn: Callable[[str], None]) -> Arena:
     """The fastest arena whose steps give what the network gives for each row read whole. `warn` hears once why it is
     a slower one."""
     if network not in _fast:
         _fast[network] = _probed(network, warn)
     fast = _fast[network]
-    return Apart(network) if fast is None else Slots(network, slots, capacity, fast)
+    return Apart(network) if fast is None else Slots(network, slots, prompt, room, fast)
 
 
 def _probed(network: nn.Module, warn: Callable[[str], None]) -> bool | None:
@@ -277,8 +312,8 @@ def _stepped(network: Any, fast: bool) -> Tensor:
     """The logits of each step, [rows, STEPS, V]."""
     prompts, rows = _prompts(network), _rows(network)
     starts = [len(prompt) for prompt in (prompts[0], *prompts)]
-    last, capacity = len(rows) - 1, max(map(len, rows))
-    slots = Slots(network, len(rows) + 1, capacity, fast)
+    last = len(rows) - 1
+    slots = Slots(network, len(rows) + 1, max(starts), STEPS, fast)
     slots.worth = 1
     slots.read([prompts[1], prompts[1]], [1, last])  # as when a slot is used again
     slots.read(prompts, [last + 1, *range(2, last + 1)])

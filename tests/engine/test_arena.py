@@ -16,7 +16,7 @@ from prefopt.config import LoraConfig, ModelConfig
 from prefopt.engine import arena as arenas
 from prefopt.engine import fewrows
 from prefopt.engine.arena import Apart, Layer, Slots, arena, disagreement
-from prefopt.engine.fewrows import FewRows, Run
+from prefopt.engine.fewrows import Block, FewRows
 from prefopt.engine.models import Model, load_causal, open_model
 from prefopt.testing.tiny import build_tiny
 
@@ -82,7 +82,7 @@ def test_a_model_whose_slots_do_not_hold_is_drawn_row_by_row_and_says_so_once(ti
     assert heard[0].startswith(
         "rows are drawn one by one: keys and values of many do not hold for this model: they differ"
     )
-    assert isinstance(model.arena(2, 4), Apart)
+    assert isinstance(model.arena(2, 2, 2), Apart)
 
 
 def test_a_model_that_refuses_is_drawn_row_by_row(tiny_model):
@@ -101,14 +101,14 @@ def test_a_model_that_refuses_is_drawn_row_by_row(tiny_model):
             return self.inner(**inputs)
 
     heard: list[str] = []
-    assert isinstance(arena(Refusing(), 2, 8, heard.append), Apart)
+    assert isinstance(arena(Refusing(), 2, 4, 4, heard.append), Apart)
     assert heard[0].endswith("ValueError: no masks here")
 
 
 def test_memory_that_was_never_written_is_never_read(tiny_model):
     """Not even times 0: new slots hold numbers that are none."""
     network = AutoModelForCausalLM.from_pretrained(tiny_model)
-    slots = Slots(network, 2, 80)
+    slots = Slots(network, 2, 66, 14)
     slots.read([(5, 6, 7)], [0])
     for layer in slots.layers:
         layer.keys[:, :, layer.ready :] = torch.nan
@@ -130,7 +130,7 @@ def test_a_model_of_five_words_can_be_probed(tmp_path):
 def test_rows_of_one_prompt_read_it_from_the_first(tiny_model):
     """What the others hold of it is no number here."""
     network = AutoModelForCausalLM.from_pretrained(tiny_model)
-    slots = Slots(network, 3, 8)
+    slots = Slots(network, 3, 3, 5)
     slots.worth = 1
     slots.read([(5, 6, 7)], [0])
     slots.copy(0, [1, 2], 3)
@@ -143,7 +143,7 @@ def test_rows_of_one_prompt_read_it_from_the_first(tiny_model):
 
 
 def test_memory_is_given_back_with_the_slots(tiny_model):
-    slots = Slots(AutoModelForCausalLM.from_pretrained(tiny_model), 1, 8)
+    slots = Slots(AutoModelForCausalLM.from_pretrained(tiny_model), 1, 3, 5)
     slots.read([(5, 6, 7)], [0])
     slots.advance(torch.tensor([8]), torch.tensor([3]), 4)
     kept = weakref.ref(slots.layers[0])
@@ -162,7 +162,7 @@ def test_every_shortcut_draws_the_text_of_the_plain_sampler(tmp_path, family, mo
     monkeypatch.setattr(fewrows, "LEAST", 1)
     used = []
     monkeypatch.setattr(
-        FewRows, "of", lambda self, *told, of=FewRows.of: (used.append((self, told[0])), of(self, *told))[1]
+        FewRows, "of", lambda self, step, of=FewRows.of: (used.append((self, step.blocks)), of(self, step))[1]
     )
     build_tiny(tmp_path / family, model_type=family)
     model = open_model(str(tmp_path / family), CPU)
@@ -173,42 +173,53 @@ def test_every_shortcut_draws_the_text_of_the_plain_sampler(tmp_path, family, mo
     )
     assert found == expected
     assert len({len(ids) for ids in found}) > 1
-    assert any(run.shared for _, runs in used for run in runs)
-    assert all(mode.packed for mode, _ in used)
+    assert any(block.together for _, blocks in used for block in blocks)
+    assert all(product.packed is not None for mode, _ in used for product in mode.products)
 
 
 def test_a_model_for_which_the_shortcuts_do_not_hold_is_drawn_in_slots_without_them(tiny_model, monkeypatch):
     opened, heard = open_model(str(tiny_model), CPU), []
     model = Model(opened.network, opened.tokenizer, CPU, heard.append)
-    monkeypatch.setattr(fewrows, "_attention", lambda asked, runs: torch.zeros_like(asked.query))
+    monkeypatch.setattr(fewrows, "_attention", lambda asked, step: torch.zeros_like(asked.query))
     assert texts(Continuous(max_new_tokens=8), model) == texts(Plain(max_new_tokens=8), model)
     assert len(heard) == 1
     assert heard[0].startswith(
         "rows are drawn without the shortcuts for few rows, which do not hold for this model: they"
     )
-    slots = model.arena(2, 4)
+    slots = model.arena(2, 2, 2)
     assert isinstance(slots, Slots)
     assert slots.few_rows is None
 
 
 def test_rows_of_one_prompt_are_known_until_one_is_given_other_tokens(tiny_model):
-    """Slots 0 .. 2 hold one prompt, 3 its first two tokens, 4 another that is the same by chance."""
-    slots = Slots(AutoModelForCausalLM.from_pretrained(tiny_model), 6, 16)
+    """Slots 0 .. 2 hold one prompt, 3 its first two tokens, 4 another that is the same by chance. Own tokens stand
+    from column 5 on."""
+    slots = Slots(AutoModelForCausalLM.from_pretrained(tiny_model), 6, 5, 11)
+
+    def blocks(*positions):
+        return slots._blocks([*positions], [slots._column(*pair) for pair in enumerate(positions)])
+
     slots.worth = 1
     slots.read([(5, 6, 7), (5, 6, 7)], [0, 4])
     slots.copy(0, [1, 2], 3)
+    assert blocks(3, 4, 8) == [Block(0, 3, 5, 11), Block(0, 3, 0, 3, True)]
     slots.copy(1, [3], 2)
-    assert slots._runs([3, 4, 8, 5, 3]) == [Run(0, 4, 2, 9), Run(4, 5, 0, 4)]
-    assert slots._runs([3, 3, 9]) == [Run(0, 3, 3, 10)]
-    assert slots._runs([3, 1, 9]) == [Run(0, 3, 1, 10)]  # row 1 is written over from there on
-    assert slots._runs([3, 4, 10]) == [Run(0, 3, 1, 11)]
+    assert blocks(3, 4, 8, 5, 3) == [Block(0, 4, 2, 11), Block(4, 5, 0, 6), Block(0, 4, 0, 2, True)]
+    assert blocks(3, 3, 9) == [Block(0, 3, 5, 12), Block(0, 3, 0, 3, True)]
+    assert blocks(3, 1, 9) == [Block(0, 3, 1, 12), Block(0, 3, 0, 1, True)]  # row 1 is written over from there on
+    assert blocks(3, 4, 10) == [Block(0, 3, 1, 13), Block(0, 3, 0, 1, True)]
     slots.copy(2, [1], 9)  # a row that goes on is moved, with its own tokens
-    assert slots._runs([3, 9, 10]) == [Run(0, 3, 3, 11)]
+    assert blocks(3, 9, 10) == [Block(0, 3, 5, 13), Block(0, 3, 0, 3, True)]
     slots.worth = 7
-    assert slots._runs([3, 9, 10]) == [Run(0, 3, 0, 11)]
+    assert blocks(3, 9, 10) == [Block(0, 3, 0, 13)]
     slots.worth = 1
     slots.read([(5, 6, 7)], [1])
-    assert slots._runs([3, 9, 10]) == [Run(0, 3, 0, 11)]
+    assert blocks(3, 9, 10) == [Block(0, 3, 0, 13)]
+    slots.read([(5, 6), (7, 8, 9, 10)], [0, 2])
+    slots.copy(0, [1], 2)
+    slots.copy(2, [3], 4)
+    expected = [Block(0, 4, 5, 7), Block(0, 2, 0, 2, True), Block(2, 4, 0, 4, True)]
+    assert blocks(2, 3, 4, 4) == expected  # the own tokens of both prompts' rows stand in the same columns
 
 
 def test_prompts_of_very_different_length_are_read_apart(tiny_model, monkeypatch):
@@ -217,5 +228,5 @@ def test_prompts_of_very_different_length_are_read_apart(tiny_model, monkeypatch
     monkeypatch.setattr(Slots, "_pass", lambda self, name, slots: seen.append(slots.tolist()))
     monkeypatch.setattr(network.base_model, "forward", lambda **_: None)
     lengths = [8, 31, 40, 6, 30, 9]
-    Slots(network, 6, 64).read([tuple(range(5, 5 + n)) for n in lengths], [*range(6)])
+    Slots(network, 6, 48, 16).read([tuple(range(5, 5 + n)) for n in lengths], [*range(6)])
     assert [sorted(part) for part in seen] == [[1, 2, 4], [0, 5], [3]]

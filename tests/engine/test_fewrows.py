@@ -2,74 +2,193 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
-from torch.nn.functional import linear, scaled_dot_product_attention
 
 from prefopt.engine import fewrows
-from prefopt.engine.fewrows import LEAST, FewRows, Run, few_rows
+from prefopt.engine.fewrows import LEAST, NAME, Block, FewRows, Step, few_rows
 
 CPU = torch.device("cpu")
 WIDE, HIGH = 96, 1000
 needs_packing = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this PyTorch is without oneDNN")
+NOTHING = Step((), 0, 0)
 
 
 def numbers(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
 
 
-@pytest.fixture
-def matrix() -> nn.Parameter:
-    assert WIDE * HIGH > LEAST
-    return nn.Parameter(numbers(HIGH, WIDE))
+class Network(nn.Module):
+    """Some layers, and a configuration as transformers has it."""
+
+    def __init__(self, *layers: nn.Module, attention: str = "sdpa") -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        self.text = SimpleNamespace(_attn_implementation=attention)
+        self.config = SimpleNamespace(get_text_config=lambda: self.text)
 
 
-@needs_packing
-@pytest.mark.parametrize("bias", [None, numbers(HIGH)])
-def test_products_are_those_of_the_matrix_while_rows_end(matrix, bias):
-    mode = FewRows()
+def linear(high: int = HIGH, bias: bool = False) -> nn.Linear:
+    layer = nn.Linear(WIDE, high, bias)
     with torch.no_grad():
-        for rows in (7, 6, 4, 3, 1, 9):
-            x = numbers(rows, 1, WIDE)
-            with mode:
-                found = linear(x, matrix, bias)
-            exact = x.double() @ matrix.double().T + (0 if bias is None else bias.double())
-            torch.testing.assert_close(found, exact.float(), atol=1e-4, rtol=1e-5)
-            assert found.shape == (rows, 1, HIGH)
+        for p in layer.parameters():
+            p.copy_(numbers(*p.shape))
+    return layer
+
+
+def exact(layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    bias = 0 if layer.bias is None else layer.bias.double()
+    return (x.double() @ layer.weight.double().T + bias).float()
+
+
+def near(found: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-5)
 
 
 @needs_packing
 @torch.no_grad()
-def test_a_matrix_is_packed_once(matrix):
-    mode, seen = FewRows(), []
-    for rows in (8, 8, 5, 1, 40):
-        with mode.of((), 0):
-            linear(numbers(rows, WIDE), matrix)
-        seen.append(mode.packed[id(matrix)][2])
-    assert all(x is seen[0] for x in seen)
+@pytest.mark.parametrize("bias", [False, True])
+def test_products_are_those_of_the_matrix_while_rows_end(bias):
+    layer = linear(bias=bias)
+    mode = FewRows(Network(layer))
+    for rows in (7, 6, 4, 3, 1, 9):
+        x = numbers(rows, 1, WIDE)
+        with mode:
+            found = layer(x)
+        near(found, exact(layer, x))
+        assert found.shape == (rows, 1, HIGH)
 
 
 @needs_packing
 @torch.no_grad()
-def test_a_matrix_that_has_changed_is_packed_again(matrix):
-    mode, x = FewRows(), numbers(3, WIDE)
+def test_layers_that_are_given_the_same_input_one_after_the_other_are_one_product():
+    """The fourth is given it later, the fifth has a bias, the last is called twice."""
+    layers = [
+        linear(high, bias) for high, bias in ((700, False), (800, False), (900, False), (1000, False), (700, True))
+    ]
+    mode = FewRows(Network(*layers))
+    a, b, c, d, e = layers
+    for rows in (4, 2, 5):
+        x, y = numbers(rows, WIDE), numbers(rows + 1, WIDE)
+        with mode.of(NOTHING):
+            found = [(a, x, a(x)), (b, x, b(x)), (c, y, c(y)), (d, x, d(x)), (e, x, e(x)), (e, y, e(y))]
+        for layer, given, output in found:
+            near(output, exact(layer, given))
+            assert output.is_contiguous()
+        assert [product.layers for product in mode.products] == [[a, b], [c], [d], [e]]
+        assert all(product.input is None for product in mode.products)
+
+
+@needs_packing
+@torch.no_grad()
+def test_layers_of_one_product_may_be_given_other_inputs_later():
+    a, b = linear(), linear(800)
+    mode, x, y = FewRows(Network(a, b)), numbers(3, WIDE), numbers(4, WIDE)
+    with mode:
+        _ = a(x), b(x)
+    with mode:
+        near(a(x), exact(a, x))
+        near(b(y), exact(b, y))
+        near(b(x), exact(b, x))
+    with mode:
+        first = a(x)
+        x += 1  # the same memory with other numbers
+        near(a(x), exact(a, x))
+        near(first, exact(a, x - 1))
+
+
+@needs_packing
+@torch.no_grad()
+def test_a_matrix_is_packed_once_and_again_when_it_has_changed():
+    a, b = linear(), linear(800)
+    mode, x, seen = FewRows(Network(a, b)), numbers(3, WIDE), []
+    for step in range(6):
+        if step == 4:
+            b.weight.mul_(2)
+        if step == 5:
+            a.weight = nn.Parameter(a.weight + 1)
+        with mode:
+            near(a(x), exact(a, x))
+            near(b(x), exact(b, x))
+        seen.append([product.packed for product in mode.products])
+    packed = [x[0] for x in seen[1:]]
+    assert seen[0] == [None]
+    assert [x is packed[0] for x in packed] == [True, True, True, False, False]
+
+
+@needs_packing
+@torch.no_grad()
+def test_layers_are_themselves_again_afterwards():
+    layer = linear()
+    x, network, told = numbers(3, WIDE), Network(layer), []
+    mode = FewRows(network)
+
+    def fails():
+        with mode:
+            layer(x)
+            told.append(network.text._attn_implementation)
+            raise KeyError
+
     for _ in range(2):
-        with mode:
-            found = linear(x, matrix)
-        torch.testing.assert_close(found, x @ matrix.T, atol=1e-4, rtol=1e-5)
-        matrix.mul_(2)
+        with pytest.raises(KeyError):
+            fails()
+        assert "forward" not in vars(layer)
+        assert network.text._attn_implementation == "sdpa"
+    assert told == [NAME, NAME]
+    assert torch.equal(layer(x), x @ layer.weight.T)
+
+
+@needs_packing
+def test_what_something_is_derived_from_is_left_to_pytorch():
+    layer = linear()
+    mode, x = FewRows(Network(layer)), numbers(3, WIDE)
+    for grad in (False, False, True):
+        with torch.set_grad_enabled(grad), mode:
+            found = layer(x)
+    found.sum().backward()
+    near(layer.weight.grad[0], x.sum(0))
+
+
+class Own(nn.Linear):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(input)
 
 
 @needs_packing
 @torch.no_grad()
-def test_small_matrices_and_those_that_are_no_parameters_are_not_packed(matrix):
-    mode = FewRows()
-    for other in (nn.Parameter(numbers(5, WIDE)), matrix.clone(), nn.Parameter(matrix.double())):
-        x = numbers(3, WIDE).to(other.dtype)
-        with mode:
-            assert torch.equal(linear(x, other), x @ other.T)
-    assert mode.packed == {}
+def test_small_and_other_layers_are_let_alone():
+    hooked = linear()
+    hooked.forward = lambda x: x  # type: ignore[method-assign]
+    others = [
+        nn.Linear(WIDE, 5),
+        linear().double(),
+        Own(WIDE, HIGH),
+        hooked,
+        nn.utils.parametrizations.weight_norm(linear()),
+    ]
+    assert WIDE * 5 < LEAST < WIDE * HIGH
+    mode = FewRows(Network(*others))
+    assert mode.layers == []
+    for layer in others:
+        x = numbers(3, WIDE).to(next(layer.parameters()).dtype)
+        expected = layer(x)
+        for _ in range(2):
+            with mode:
+                assert torch.equal(layer(x), expected)
+
+
+def test_a_model_with_attention_of_its_own_keeps_it():
+    network = Network(attention="eager")
+    with FewRows(network):
+        assert network.text._attn_implementation == "eager"
+
+
+def attend(query, key, value, mask, step, **more):
+    with torch.no_grad(), FewRows(Network()).of(step):
+        return fewrows._attend(nn.Module(), query, key, value, mask, **more)[0].transpose(1, 2)
 
 
 @pytest.mark.parametrize("keys", [4, 2, 1])
@@ -83,53 +202,69 @@ def test_attention_of_one_token_a_row_is_that_of_the_formula(keys, scale, monkey
     )
     value = value[:, :, :places]
     visible = torch.arange(places) <= torch.tensor([2, 8, 5])[:, None]
-    monkeypatch.setattr(fewrows, "linear", None)
-    with FewRows().of([Run(0, n, 0, places)], places):
-        found = scaled_dot_product_attention(query, key, value, attn_mask=visible[:, None, None], scale=scale)
+    monkeypatch.setattr(fewrows, "ALL_ATTENTION_FUNCTIONS", None)
+    step = Step([Block(0, n, 0, places)], n, places)
+    found = attend(query, key, value, visible[:, None, None], step, scaling=scale)
     k, v = (x.double().repeat_interleave(heads // keys, 1) for x in (key, value))
     scores = torch.einsum("nhqd,nhkd->nhqk", query.double(), k) * (scale or width**-0.5)
     weights = scores.masked_fill(~visible[:, None, None], -torch.inf).softmax(-1)
     torch.testing.assert_close(found, (weights @ v).float(), atol=1e-6, rtol=1e-5)
-    together = query.view(n, keys, heads // keys, width)  # as transformers has it
-    with FewRows().of([Run(0, n, 0, places)], places):
-        same = scaled_dot_product_attention(together, key, value, attn_mask=visible[:, None, None], scale=scale)
-    assert torch.equal(same.view_as(found), found)
 
 
 @pytest.mark.parametrize("keys", [4, 2])
 def test_rows_of_one_prompt_read_what_they_share_once(keys):
-    """Of rows 1 .. 3 only the first holds the prompt: what the others hold in its place is never read. A window hides
-    a part of it from row 3."""
-    n, heads, places, width, shared = 5, 4, 12, 6, 4
+    """Of rows 1 .. 3 only the first holds the prompt: what the others hold in its place is never read, nor what stands
+    between it and their own tokens. A window hides a part of it from row 3."""
+    n, heads, places, width, shared, edge = 5, 4, 12, 6, 4, 6
     query, key, value = (numbers(n, h, t, width) for h, t in ((heads, 1), (keys, places), (keys, places + 1)))
     value = value[:, :, :places]
-    behind = torch.tensor([2, 5, 8, 6, 11])[:, None] - torch.arange(places)
-    visible = ((behind >= 0) & (behind < torch.tensor([99, 99, 99, 4, 99])[:, None]))[:, None, None]
-    runs = [Run(0, 1, 0, 3), Run(1, 4, shared, 9), Run(4, 5, 0, places)]
+    behind = torch.tensor([2, 7, 10, 8, 11])[:, None] - torch.arange(places)
+    visible = (behind >= 0) & (behind < torch.tensor([99, 99, 99, 6, 99])[:, None])
+    visible[1:4, shared:edge] = False
+    visible = visible[:, None, None]
+    blocks = [Block(0, 1, 0, 3), Block(1, 4, edge, 11), Block(4, 5, 0, places), Block(1, 4, 0, shared, together=True)]
     known = [x.clone() for x in (key, value)]
     for x in known:
         x[2:4, :, :shared] = x[1, :, :shared]
     for x in (key, value):
         x[2:4, :, :shared] = torch.nan
+        x[1:4, :, shared:edge] = torch.nan
     k, v = (x.double().repeat_interleave(heads // keys, 1) for x in known)
     scores = torch.einsum("nhqd,nhkd->nhqk", query.double(), k) * width**-0.5
     exact = scores.masked_fill(~visible, -torch.inf).softmax(-1) @ v
-    with FewRows().of(runs, places):
-        found = scaled_dot_product_attention(query, key, value, attn_mask=visible)
+    found = attend(query, key, value, visible, Step(blocks, n, places))
     torch.testing.assert_close(found, exact.float(), atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("rows", "places"), [(4, 7), (3, 8), (2, 7)])
-def test_attention_of_other_rows_or_places_is_not_taken_over(rows, places, monkeypatch):
+class Module(nn.Module):
+    is_causal, num_key_value_groups = True, 1
+
+
+@pytest.mark.parametrize(
+    ("rows", "places", "tokens", "more"),
+    [(4, 7, 1, {}), (3, 8, 1, {}), (2, 7, 1, {}), (3, 7, 2, {}), (3, 7, 1, {"position_bias": 0.0})],
+)
+def test_attention_of_other_rows_or_places_is_not_taken_over(rows, places, tokens, more, monkeypatch):
     """Here 3 rows and 7 places are announced."""
     monkeypatch.setattr(fewrows, "_attention", None)
-    query, key = numbers(rows, 2, 1, 4), numbers(rows, 2, places, 4)
-    mask = torch.ones(rows, 1, 1, places, dtype=torch.bool)
-    with FewRows().of([Run(0, 3, 0, 7)], 7):
-        found = scaled_dot_product_attention(query, key, key, attn_mask=mask)
-    assert found.shape == query.shape
+    query, key = numbers(rows, 2, tokens, 4), numbers(rows, 2, places, 4)
+    mask = torch.ones(rows, 1, tokens, places, dtype=torch.bool)
+    given = {name: torch.zeros(rows, 2, tokens, places) for name in more}
+    expected = torch.nn.functional.scaled_dot_product_attention(query, key, key)
+    with torch.no_grad(), FewRows(Network()).of(Step([Block(0, 3, 0, 7)], 3, 7)):
+        found = fewrows._attend(Module(), query, key, key, mask, **given)[0]
+    torch.testing.assert_close(found.transpose(1, 2), expected)
+    assert fewrows._step.get() is None
+
+
+def test_attention_outside_a_step_is_that_of_pytorch(monkeypatch):
+    monkeypatch.setattr(fewrows, "_attention", None)
+    query, key = numbers(3, 2, 5, 4), numbers(3, 2, 5, 4).flip(0)
+    found = fewrows._attend(Module(), query, key, key, None)[0].transpose(1, 2)
+    expected = torch.nn.functional.scaled_dot_product_attention(query, key, key, is_causal=True)
+    torch.testing.assert_close(found, expected)
 
 
 def test_other_devices_and_precisions_go_without():
-    assert few_rows(CPU, torch.bfloat16) is None
-    assert few_rows(torch.device("meta"), torch.float32) is None
+    assert few_rows(Network(), CPU, torch.bfloat16) is None
+    assert few_rows(Network(), torch.device("meta"), torch.float32) is None
