@@ -58,8 +58,11 @@ class Optimizer:
 
     def clip(self) -> Tensor:
         """Scales the gradients down to the configured norm; returns the norm they had."""
-        limit = math.inf if self.config.max_grad_norm is None else self.config.max_grad_norm
-        return torch.nn.utils.clip_grad_norm_(self.named.values(), limit)
+        norm = torch.nn.utils.get_total_norm(p.grad for p in self.named.values() if p.grad is not None)
+        limit = self.config.max_grad_norm
+        if limit is not None and not limit / (norm + 1e-6) >= 1:  # else it would multiply them all with 1
+            torch.nn.utils.clip_grads_with_norm_(self.named.values(), limit, norm)
+        return norm
 
     def step(self, rate: float) -> None:
         """One update with learning rate `rate`."""
