@@ -2,17 +2,15 @@
 attention; no model.
 
 With few rows, most of the time of a product is spent on reading the matrix in an order that suits the processor badly:
-here oneDNN packs each matrix once, for as long as rows are drawn. Of rows that share a prompt and stand side by side,
-what they share is read once for all.
+here oneDNN packs each matrix once, for as long as rows are drawn. What rows share of a prompt is read once for all.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,42 +28,36 @@ UNKNOWN = ("position_bias", "softcap", "cache")
 """What attention may be told besides that is left to PyTorch's kernel, or refused there."""
 
 
-class Block(NamedTuple):
-    """Rows `first` .. `end` - 1, which may see columns `start` .. `stop` - 1, all of them those of the first where
-    they are read `together`."""
-
-    first: int
-    end: int
-    start: int
-    stop: int
-    together: bool = False
-
-    @property
-    def rows(self) -> slice:
-        return slice(self.first, self.end)
-
-    @property
-    def columns(self) -> slice:
-        return slice(self.start, self.stop)
-
-
-@dataclass
 class Step:
-    """A step of the first `rows` rows, which see nothing but what is in the blocks, of keys and values in `width`
-    columns. Every row is in a block."""
+    """A step of some rows, one token each. Of keys and values every row has `width` of its own, and sees some of the
+    first `longest` of the prompt in its place: a mask says which, [rows, 1, 1, longest + width]."""
 
-    blocks: Sequence[Block]
-    rows: int
-    width: int
-    biases: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    def __init__(self, places: Sequence[int], longest: int, width: int) -> None:
+        """`places` of the rows, -1 for one without a prompt."""
+        self.rows, self.longest, self.width = len(places), longest, width
+        self.places = 1 + max(places, default=-1)
+        self.prompts: Sequence[Tensor] = ()
+        """Keys and values of the layer in progress, [places or more, K, longest or more, D]."""
+        within: list[list[int]] = [[] for _ in range(self.places)]
+        back = []
+        for row, place in enumerate(max(place, 0) for place in places if self.places):
+            back.append((place, len(within[place])))
+            within[place].append(row)
+        most = max(map(len, within), default=0)
+        filled = [rows + [0] * (most - len(rows)) for rows in within]
+        self.spread = torch.tensor(filled, dtype=torch.long).view(self.places, most)
+        """Which rows have their prompt in each place, and row 0 as often as needed. [places, most]"""
+        self.back = torch.tensor([place * most + i for place, i in back])
+        """Where among them each row is. [rows]"""
+        self.biases: dict[int, tuple[Tensor, Tensor]] = {}
 
     def knows(self, asked: Asked) -> bool:
         """Whether this is the attention of these rows, one token each, under a mask of bits for all heads."""
         mask, (n, heads, tokens, _) = asked.attn_mask, asked.query.shape
-        if not (self.blocks and asked.plain and tokens == 1):
+        if mask is None or mask.dtype != torch.bool or not asked.plain or tokens != 1:
             return False
         fits = n == self.rows and asked.key.shape[2] == self.width and heads % asked.key.shape[1] == 0
-        return fits and mask is not None and mask.dtype == torch.bool and mask.shape[1:3] == (1, 1)
+        return fits and mask.shape == (n, 1, 1, self.longest + self.width)
 
     def bias(self, mask: Tensor) -> Tensor:
         """0 where a row may look, the lowest number elsewhere. Made once for each mask, which is kept: what its number
@@ -74,6 +66,14 @@ class Step:
             lowest = torch.finfo(torch.float32).min
             self.biases[id(mask)] = mask, torch.zeros(mask.shape).masked_fill_(~mask, lowest)
         return self.biases[id(mask)][1]
+
+    def together(self, rows: Tensor, matrices: Tensor) -> Tensor:
+        """Rows [n, K, g, D] times the matrices of their places [places, K, D, E], each of which is read once;
+        [n, K, g, E]."""
+        (_, heads, queries, size), (places, most) = rows.shape, self.spread.shape
+        asked = rows[self.spread].transpose(1, 2).reshape(places * heads, most * queries, size)
+        found = torch.bmm(asked, matrices.flatten(0, 1)).view(places, heads, most, queries, -1)
+        return found.transpose(1, 2).flatten(0, 1)[self.back]
 
 
 _step: ContextVar[Step | None] = ContextVar("step", default=None)
@@ -131,17 +131,17 @@ class FewRows:
         self.layers = [layer for layer in network.modules() if _packable(layer)]
         self.seen: list[tuple[nn.Linear, Tensor]] = []
         self.products: list[Product] = []
-        self.step = Step((), 0, 0)
+        self.step: Step | None = None
 
     def of(self, step: Step) -> FewRows:
-        """Itself, for that step; without blocks for products alone."""
+        """Itself, for that step; without one for products alone."""
         self.step = step
         return self
 
     def __enter__(self) -> None:
         self.told = _step.set(self.step)
         self.usual = self.config._attn_implementation
-        if self.usual == "sdpa":
+        if self.step is not None:
             self.config._attn_implementation = NAME
         for layer in self.layers:
             vars(layer)["forward"] = partial(self._watch, layer)
@@ -154,7 +154,7 @@ class FewRows:
             del vars(layer)["forward"]
         for product in self.products:
             product.clear()
-        self.config._attn_implementation = self.usual
+        self.config._attn_implementation, self.step = self.usual, None
         _step.reset(self.told)
         if not self.products:
             self.products = [Product(layers) for layers in _together(self.seen)]
@@ -221,31 +221,22 @@ def _attention(asked: Asked, step: Step) -> Tensor:
     assert asked.attn_mask is not None
     n, heads, tokens, width = asked.query.shape
     query = asked.query.reshape(n, asked.key.shape[1], -1, width) * asked.factor
-    scores = query.new_zeros(*query.shape[:3], asked.key.shape[2])
-    for block in step.blocks:
-        rows, columns = block.rows, block.columns
-        scores[rows, ..., columns] = _product(query[rows], asked.key[rows, :, columns].transpose(2, 3), block.together)
+    common = [x[: step.places, :, : step.longest] for x in step.prompts]
+    scores = torch.matmul(query, asked.key.transpose(2, 3))
+    if step.longest:
+        scores = torch.cat([step.together(query, common[0].transpose(2, 3)), scores], -1)
     weights = scores.add_(step.bias(asked.attn_mask)).softmax(-1)
-    found = query.new_zeros(*query.shape[:3], asked.value.shape[3])
-    for block in step.blocks:
-        rows, columns = block.rows, block.columns
-        found[rows] += _product(weights[rows, ..., columns], asked.value[rows, :, columns], block.together)
+    found = torch.matmul(weights[..., step.longest :], asked.value)
+    if step.longest:
+        found += step.together(weights[..., : step.longest], common[1])
     return found.view(n, heads, tokens, -1)
 
 
-def _product(rows: Tensor, matrices: Tensor, together: bool) -> Tensor:
-    """Rows [n, K, g, D] times their matrices [n, K, D, E], or `together` the first of these for all; [n, K, g, E]."""
-    if not together:
-        return torch.matmul(rows, matrices)
-    n, heads, queries, width = rows.shape
-    product = torch.bmm(rows.transpose(0, 1).reshape(heads, n * queries, width), matrices[0])
-    return product.view(heads, n, queries, -1).transpose(0, 1)
-
-
-def few_rows(network: Any, device: torch.device, dtype: torch.dtype) -> FewRows | None:
-    """What makes steps of the network faster, where there is something."""
+def few_rows(network: Any) -> FewRows | None:
+    """What makes steps of the network faster, where there is something: on a CPU, in float32."""
+    vectors = network.get_input_embeddings().weight
     known = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")  # type: ignore[no-untyped-call]
-    return FewRows(network) if known and device.type == "cpu" and dtype == torch.float32 else None
+    return FewRows(network) if known and vectors.is_cpu and vectors.dtype == torch.float32 else None
 
 
 AttentionInterface.register(NAME, _attend)

@@ -13,14 +13,16 @@ from prefopt.api import Request
 from prefopt.builtin.continuous import Continuous
 from prefopt.builtin.samplers import Plain
 from prefopt.config import LoraConfig, ModelConfig
-from prefopt.engine import arena as arenas
 from prefopt.engine import fewrows
-from prefopt.engine.arena import Apart, Layer, Slots, arena, disagreement
-from prefopt.engine.fewrows import Block, FewRows
+from prefopt.engine.arena import Apart, arena, disagreement
+from prefopt.engine.fewrows import FewRows
 from prefopt.engine.models import Model, load_causal, open_model
+from prefopt.engine.shared import Shared
+from prefopt.engine.slots import Layer, Slots
 from prefopt.testing.tiny import build_tiny
 
 CPU = torch.device("cpu")
+MAKERS = (Shared, Slots)
 PROMPTS = [(5, 6, 7), (8,), (9, 10, 11, 12, 13), (5, 6)]
 REQUESTS = [Request(PROMPTS[i % 4], 100 + i) for i in range(12)]
 
@@ -41,7 +43,7 @@ def with_adapters(folder) -> torch.nn.Module:
 
 def test_rows_with_adapters_are_drawn_in_slots(tiny_model):
     network = with_adapters(tiny_model)
-    assert disagreement(network) is None
+    assert [disagreement(network, maker) for maker in MAKERS] == [None, None]
     opened = open_model(str(tiny_model), CPU)
     adapted = Model(network, opened.tokenizer, CPU)
     found = texts(Continuous(max_new_tokens=12, slots=5), adapted)
@@ -52,7 +54,7 @@ def test_rows_with_adapters_are_drawn_in_slots(tiny_model):
 def test_a_window_is_kept_in_the_probe_and_after_it(tmp_path):
     build_tiny(tmp_path / "mistral", model_type="mistral", sliding_window=6)
     network = AutoModelForCausalLM.from_pretrained(tmp_path / "mistral")
-    assert disagreement(network) is None
+    assert [disagreement(network, maker) for maker in MAKERS] == [None, None]
     assert network.config.sliding_window == 6
 
 
@@ -61,7 +63,7 @@ def test_a_word_that_is_ruled_out_is_no_disagreement(tiny_model):
     network.lm_head.register_forward_hook(
         lambda module, inputs, logits: logits.index_fill(-1, torch.tensor([7]), -torch.inf)
     )
-    assert disagreement(network) is None
+    assert [disagreement(network, maker) for maker in MAKERS] == [None, None]
 
 
 def test_a_model_whose_slots_do_not_hold_is_drawn_row_by_row_and_says_so_once(tiny_model, monkeypatch):
@@ -105,10 +107,11 @@ def test_a_model_that_refuses_is_drawn_row_by_row(tiny_model):
     assert heard[0].endswith("ValueError: no masks here")
 
 
-def test_memory_that_was_never_written_is_never_read(tiny_model):
+@pytest.mark.parametrize("maker", MAKERS)
+def test_memory_that_was_never_written_is_never_read(tiny_model, maker):
     """Not even times 0: new slots hold numbers that are none."""
     network = AutoModelForCausalLM.from_pretrained(tiny_model)
-    slots = Slots(network, 2, 66, 14)
+    slots = maker(network, 2, 66, 14)
     slots.read([(5, 6, 7)], [0])
     for layer in slots.layers:
         layer.keys[:, :, layer.ready :] = torch.nan
@@ -124,26 +127,12 @@ def test_a_model_of_five_words_can_be_probed(tmp_path):
     build_tiny(tmp_path / "five", vocab_size=5)
     network = AutoModelForCausalLM.from_pretrained(tmp_path / "five")
     network.resize_token_embeddings(5)
-    assert disagreement(network) is None
+    assert [disagreement(network, maker) for maker in MAKERS] == [None, None]
 
 
-def test_rows_of_one_prompt_read_it_from_the_first(tiny_model):
-    """What the others hold of it is no number here."""
-    network = AutoModelForCausalLM.from_pretrained(tiny_model)
-    slots = Slots(network, 3, 3, 5)
-    slots.worth = 1
-    slots.read([(5, 6, 7)], [0])
-    slots.copy(0, [1, 2], 3)
-    for layer in slots.layers:
-        layer.keys[1:, :, :3] = layer.values[1:, :, :3] = torch.nan
-    found = slots.advance(torch.tensor([8, 9, 10]), torch.tensor([3, 3, 3]), 4)
-    with torch.no_grad():
-        whole = network(torch.tensor([[5, 6, 7, 8], [5, 6, 7, 9], [5, 6, 7, 10]])).logits[:, -1]
-    torch.testing.assert_close(found, whole, atol=1e-5, rtol=1e-5)
-
-
-def test_memory_is_given_back_with_the_slots(tiny_model):
-    slots = Slots(AutoModelForCausalLM.from_pretrained(tiny_model), 1, 3, 5)
+@pytest.mark.parametrize("maker", MAKERS)
+def test_memory_is_given_back_with_the_slots(tiny_model, maker):
+    slots = maker(AutoModelForCausalLM.from_pretrained(tiny_model), 1, 3, 5)
     slots.read([(5, 6, 7)], [0])
     slots.advance(torch.tensor([8]), torch.tensor([3]), 4)
     kept = weakref.ref(slots.layers[0])
@@ -157,13 +146,10 @@ def test_memory_is_given_back_with_the_slots(tiny_model):
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2", "mistral"])
 def test_every_shortcut_draws_the_text_of_the_plain_sampler(tmp_path, family, monkeypatch):
-    """Every matrix packed and every shared prompt read once, while rows end and others begin."""
-    monkeypatch.setattr(arenas, "SHARED_TOKENS", 1)
+    """Every matrix packed and every prompt in one place, while rows end and others begin."""
     monkeypatch.setattr(fewrows, "LEAST", 1)
     used = []
-    monkeypatch.setattr(
-        FewRows, "of", lambda self, step, of=FewRows.of: (used.append((self, step.blocks)), of(self, step))[1]
-    )
+    monkeypatch.setattr(FewRows, "of", lambda self, step, of=FewRows.of: (used.append((self, step)), of(self, step))[1])
     build_tiny(tmp_path / family, model_type=family)
     model = open_model(str(tmp_path / family), CPU)
     requests = [Request(PROMPTS[i // 4 % 4], 100 + i) for i in range(24)]
@@ -173,7 +159,7 @@ def test_every_shortcut_draws_the_text_of_the_plain_sampler(tmp_path, family, mo
     )
     assert found == expected
     assert len({len(ids) for ids in found}) > 1
-    assert any(block.together for _, blocks in used for block in blocks)
+    assert max(step.spread.shape[1] for _, step in used) >= 4  # rows of one prompt
     assert all(product.packed is not None for mode, _ in used for product in mode.products)
 
 
@@ -186,47 +172,79 @@ def test_a_model_for_which_the_shortcuts_do_not_hold_is_drawn_in_slots_without_t
     assert heard[0].startswith(
         "rows are drawn without the shortcuts for few rows, which do not hold for this model: they"
     )
-    slots = model.arena(2, 2, 2)
-    assert isinstance(slots, Slots)
-    assert slots.few_rows is None
+    assert type(model.arena(2, 2, 2)) is Slots
 
 
-def test_rows_of_one_prompt_are_known_until_one_is_given_other_tokens(tiny_model):
-    """Slots 0 .. 2 hold one prompt, 3 its first two tokens, 4 another that is the same by chance. Own tokens stand
-    from column 5 on."""
-    slots = Slots(AutoModelForCausalLM.from_pretrained(tiny_model), 6, 5, 11)
+def test_a_model_whose_matrices_cannot_be_packed_is_drawn_in_slots(tiny_model, monkeypatch):
+    network, heard = AutoModelForCausalLM.from_pretrained(tiny_model), []
+    monkeypatch.setattr(fewrows, "LEAST", 1)
+    monkeypatch.setattr(
+        fewrows.Product, "_all", lambda self, input: 0 * input @ torch.zeros(input.shape[-1], sum(self.sizes))
+    )
+    made = arena(network, 2, 2, 2, heard.append)
+    assert type(made) is Slots
+    assert made.few_rows is None
+    assert len(heard) == 1
 
-    def blocks(*positions):
-        return slots._blocks([*positions], [slots._column(*pair) for pair in enumerate(positions)])
 
-    slots.worth = 1
-    slots.read([(5, 6, 7), (5, 6, 7)], [0, 4])
+def test_a_model_with_attention_of_its_own_is_drawn_in_slots(tiny_model):
+    network, heard = AutoModelForCausalLM.from_pretrained(tiny_model, attn_implementation="eager"), []
+    made = arena(network, 2, 2, 2, heard.append)
+    assert type(made) is Slots
+    assert made.few_rows is not None
+    assert heard == []
+
+
+def test_a_prompt_stands_in_one_place_as_long_as_a_row_begins_with_it(tiny_model):
+    """Slots 0 .. 2 hold one prompt, 3 its first two tokens, 4 another that is the same by chance, 5 none."""
+    network = AutoModelForCausalLM.from_pretrained(tiny_model)
+    slots = Shared(network, 6, 5, 6)
+    slots.read([(5, 6, 7), (5, 6, 7), ()], [0, 4, 5])
     slots.copy(0, [1, 2], 3)
-    assert blocks(3, 4, 8) == [Block(0, 3, 5, 11), Block(0, 3, 0, 3, True)]
     slots.copy(1, [3], 2)
-    assert blocks(3, 4, 8, 5, 3) == [Block(0, 4, 2, 11), Block(4, 5, 0, 6), Block(0, 4, 0, 2, True)]
-    assert blocks(3, 3, 9) == [Block(0, 3, 5, 12), Block(0, 3, 0, 3, True)]
-    assert blocks(3, 1, 9) == [Block(0, 3, 1, 12), Block(0, 3, 0, 1, True)]  # row 1 is written over from there on
-    assert blocks(3, 4, 10) == [Block(0, 3, 1, 13), Block(0, 3, 0, 1, True)]
-    slots.copy(2, [1], 9)  # a row that goes on is moved, with its own tokens
-    assert blocks(3, 9, 10) == [Block(0, 3, 5, 13), Block(0, 3, 0, 3, True)]
-    slots.worth = 7
-    assert blocks(3, 9, 10) == [Block(0, 3, 0, 13)]
-    slots.worth = 1
-    slots.read([(5, 6, 7)], [1])
-    assert blocks(3, 9, 10) == [Block(0, 3, 0, 13)]
-    slots.read([(5, 6), (7, 8, 9, 10)], [0, 2])
-    slots.copy(0, [1], 2)
-    slots.copy(2, [3], 4)
-    expected = [Block(0, 4, 5, 7), Block(0, 2, 0, 2, True), Block(2, 4, 0, 4, True)]
-    assert blocks(2, 3, 4, 4) == expected  # the own tokens of both prompts' rows stand in the same columns
+    assert slots.place == [0, 0, 0, 0, 1, -1]
+    rows = [[5, 6, 7], [5, 6, 7], [5, 6, 7], [5, 6], [5, 6, 7], []]
+
+    def step(*tokens: int) -> None:
+        for row, token in zip(rows, tokens, strict=False):
+            row.append(token)
+        positions = [len(row) - 1 for row in rows[: len(tokens)]]
+        found = slots.advance(torch.tensor(tokens), torch.tensor(positions), max(positions) + 1)
+        for logits, row in zip(found, rows, strict=False):
+            with torch.no_grad():
+                whole = network(torch.tensor([row])).logits[0, -1]
+            torch.testing.assert_close(logits, whole, atol=1e-5, rtol=1e-5)
+
+    step(8, 9, 10, 11, 12, 13)
+    step(9, 9, 9, 9, 9, 9)
+    rows[1] = [5, 6]  # a row that goes back beyond what was drawn for it
+    step(10, 11, 10, 10)
+    slots.copy(2, [0], 5)  # one that goes on is moved, with two tokens of its own
+    rows[0] = rows[2][:5]
+    step(12, 12, 12)
+    slots.read([(9, 8, 7, 6, 5), (4,)], [0, 2])
+    rows[0], rows[2] = [9, 8, 7, 6, 5], [4]
+    assert slots.place == [2, 0, 3, 0, 1, -1]
+    step(5, 5, 5, 5, 5, 5)
+    slots.copy(2, [1], 2)
+    rows[1] = rows[2][:2]
+    assert slots.place[:2] == [2, 3]
+    step(6, 6)
+    assert slots.place == [2, 3, 3, 0, 1, -1]  # two prompts are half of the first four places
+    slots.copy(2, [0], 2)
+    rows[0] = rows[2][:2]
+    step(7, 8)
+    assert slots.place == [0, 0, 0, 3, 1, -1]  # one is less: it has moved into the first place
+    rows[2] = rows[2][:2]
+    step(8, 7, 5, 9, 9)
 
 
-def test_prompts_of_very_different_length_are_read_apart(tiny_model, monkeypatch):
+@pytest.mark.parametrize("maker", MAKERS)
+def test_prompts_of_very_different_length_are_read_apart(tiny_model, monkeypatch, maker):
     network = AutoModelForCausalLM.from_pretrained(tiny_model)
     seen = []
     monkeypatch.setattr(Slots, "_pass", lambda self, name, slots: seen.append(slots.tolist()))
     monkeypatch.setattr(network.base_model, "forward", lambda **_: None)
     lengths = [8, 31, 40, 6, 30, 9]
-    Slots(network, 6, 48, 16).read([tuple(range(5, 5 + n)) for n in lengths], [*range(6)])
+    maker(network, 6, 48, 16).read([tuple(range(5, 5 + n)) for n in lengths], [*range(6)])
     assert [sorted(part) for part in seen] == [[1, 2, 4], [0, 5], [3]]

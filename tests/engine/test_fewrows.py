@@ -9,12 +9,10 @@ import torch
 from torch import nn
 
 from prefopt.engine import fewrows
-from prefopt.engine.fewrows import LEAST, NAME, Block, FewRows, Step, few_rows
+from prefopt.engine.fewrows import LEAST, NAME, FewRows, Step, few_rows
 
-CPU = torch.device("cpu")
 WIDE, HIGH = 96, 1000
 needs_packing = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this PyTorch is without oneDNN")
-NOTHING = Step((), 0, 0)
 
 
 def numbers(*shape: int) -> torch.Tensor:
@@ -29,6 +27,10 @@ class Network(nn.Module):
         self.layers = nn.ModuleList(layers)
         self.text = SimpleNamespace(_attn_implementation=attention)
         self.config = SimpleNamespace(get_text_config=lambda: self.text)
+        self.vectors = nn.Embedding(3, 2)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.vectors
 
 
 def linear(high: int = HIGH, bias: bool = False) -> nn.Linear:
@@ -73,7 +75,7 @@ def test_layers_that_are_given_the_same_input_one_after_the_other_are_one_produc
     a, b, c, d, e = layers
     for rows in (4, 2, 5):
         x, y = numbers(rows, WIDE), numbers(rows + 1, WIDE)
-        with mode.of(NOTHING):
+        with mode:
             found = [(a, x, a(x)), (b, x, b(x)), (c, y, c(y)), (d, x, d(x)), (e, x, e(x)), (e, y, e(y))]
         for layer, given, output in found:
             near(output, exact(layer, given))
@@ -127,7 +129,7 @@ def test_layers_are_themselves_again_afterwards():
     mode = FewRows(network)
 
     def fails():
-        with mode:
+        with mode.of(Step([-1], 0, 1)):
             layer(x)
             told.append(network.text._attn_implementation)
             raise KeyError
@@ -180,60 +182,51 @@ def test_small_and_other_layers_are_let_alone():
                 assert torch.equal(layer(x), expected)
 
 
-def test_a_model_with_attention_of_its_own_keeps_it():
+def test_without_a_step_attention_is_that_of_the_model():
     network = Network(attention="eager")
     with FewRows(network):
         assert network.text._attn_implementation == "eager"
 
 
-def attend(query, key, value, mask, step, **more):
+def attend(query, key, value, mask, step, prompts=(), **more):
     with torch.no_grad(), FewRows(Network()).of(step):
+        step.prompts = prompts
         return fewrows._attend(nn.Module(), query, key, value, mask, **more)[0].transpose(1, 2)
+
+
+def attention(query, key, value, visible, scale):
+    """By the formula, in float64. Queries [n, H, 1, D], keys and values [n, K, T, D]."""
+    k, v = (x.double().repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
+    scores = torch.einsum("nhqd,nhkd->nhqk", query.double(), k) * scale
+    return (scores.masked_fill(~visible, -torch.inf).softmax(-1) @ v).float()
 
 
 @pytest.mark.parametrize("keys", [4, 2, 1])
 @pytest.mark.parametrize("scale", [None, 0.3])
 def test_attention_of_one_token_a_row_is_that_of_the_formula(keys, scale, monkeypatch):
-    n, heads, places, width = 3, 4, 9, 6
-    query, key, value = (
-        numbers(n, heads, 1, width),
-        numbers(n, keys, places, width),
-        numbers(n, keys, places + 1, width),
-    )
-    value = value[:, :, :places]
-    visible = torch.arange(places) <= torch.tensor([2, 8, 5])[:, None]
+    n, heads, width, size = 3, 4, 9, 6
+    query, key, value = numbers(n, heads, 1, size), numbers(n, keys, width, size), numbers(n, keys, width, size + 1)
+    visible = (torch.arange(width) <= torch.tensor([2, 8, 5])[:, None])[:, None, None]
     monkeypatch.setattr(fewrows, "ALL_ATTENTION_FUNCTIONS", None)
-    step = Step([Block(0, n, 0, places)], n, places)
-    found = attend(query, key, value, visible[:, None, None], step, scaling=scale)
-    k, v = (x.double().repeat_interleave(heads // keys, 1) for x in (key, value))
-    scores = torch.einsum("nhqd,nhkd->nhqk", query.double(), k) * (scale or width**-0.5)
-    weights = scores.masked_fill(~visible[:, None, None], -torch.inf).softmax(-1)
-    torch.testing.assert_close(found, (weights @ v).float(), atol=1e-6, rtol=1e-5)
+    found = attend(query, key, value, visible, Step([-1] * n, 0, width), scaling=scale)
+    expected = attention(query, key, value, visible, scale or size**-0.5)
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("keys", [4, 2])
-def test_rows_of_one_prompt_read_what_they_share_once(keys):
-    """Of rows 1 .. 3 only the first holds the prompt: what the others hold in its place is never read, nor what stands
-    between it and their own tokens. A window hides a part of it from row 3."""
-    n, heads, places, width, shared, edge = 5, 4, 12, 6, 4, 6
-    query, key, value = (numbers(n, h, t, width) for h, t in ((heads, 1), (keys, places), (keys, places + 1)))
-    value = value[:, :, :places]
-    behind = torch.tensor([2, 7, 10, 8, 11])[:, None] - torch.arange(places)
-    visible = (behind >= 0) & (behind < torch.tensor([99, 99, 99, 6, 99])[:, None])
-    visible[1:4, shared:edge] = False
-    visible = visible[:, None, None]
-    blocks = [Block(0, 1, 0, 3), Block(1, 4, edge, 11), Block(4, 5, 0, places), Block(1, 4, 0, shared, together=True)]
-    known = [x.clone() for x in (key, value)]
-    for x in known:
-        x[2:4, :, :shared] = x[1, :, :shared]
-    for x in (key, value):
-        x[2:4, :, :shared] = torch.nan
-        x[1:4, :, shared:edge] = torch.nan
-    k, v = (x.double().repeat_interleave(heads // keys, 1) for x in known)
-    scores = torch.einsum("nhqd,nhkd->nhqk", query.double(), k) * width**-0.5
-    exact = scores.masked_fill(~visible, -torch.inf).softmax(-1) @ v
-    found = attend(query, key, value, visible, Step(blocks, n, places))
-    torch.testing.assert_close(found, exact.float(), atol=1e-6, rtol=1e-5)
+def test_rows_that_share_a_prompt_read_it_in_its_place(keys):
+    """Place 0 holds nobody's prompt, place 1 that of rows 1, 3 and 4, of which row 3 begins with a part of it and a
+    window hides another part from row 4, place 2 that of row 0. Row 2 has no prompt."""
+    places, rows, heads, size, longest, width = [2, 1, -1, 1, 1], 5, 4, 6, 5, 3
+    query = numbers(rows, heads, 1, size)
+    own = [numbers(rows, keys, width + i, size)[:, :, :width] for i in range(2)]
+    prompts = [numbers(4, keys, longest + 2 + i, size) for i in range(2)]
+    seen = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 1, 0], [0, 0, 0, 0, 0], [1, 1, 0, 0, 0], [0, 0, 1, 1, 0]]).bool()
+    after = torch.arange(width) <= torch.tensor([0, 2, 1, 2, 1])[:, None]
+    visible = torch.cat([seen, after], 1)[:, None, None]
+    whole = [torch.cat([p[places, :, :longest], x], 2) for p, x in zip(prompts, own, strict=True)]
+    found = attend(query, *own, visible, Step(places, longest, width), prompts)
+    torch.testing.assert_close(found, attention(query, *whole, visible, size**-0.5), atol=1e-6, rtol=1e-5)
 
 
 class Module(nn.Module):
@@ -241,17 +234,17 @@ class Module(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("rows", "places", "tokens", "more"),
+    ("rows", "width", "tokens", "more"),
     [(4, 7, 1, {}), (3, 8, 1, {}), (2, 7, 1, {}), (3, 7, 2, {}), (3, 7, 1, {"position_bias": 0.0})],
 )
-def test_attention_of_other_rows_or_places_is_not_taken_over(rows, places, tokens, more, monkeypatch):
-    """Here 3 rows and 7 places are announced."""
+def test_attention_of_other_rows_or_tokens_is_not_taken_over(rows, width, tokens, more, monkeypatch):
+    """Here 3 rows with 7 tokens of their own are announced."""
     monkeypatch.setattr(fewrows, "_attention", None)
-    query, key = numbers(rows, 2, tokens, 4), numbers(rows, 2, places, 4)
-    mask = torch.ones(rows, 1, tokens, places, dtype=torch.bool)
-    given = {name: torch.zeros(rows, 2, tokens, places) for name in more}
+    query, key = numbers(rows, 2, tokens, 4), numbers(rows, 2, width, 4)
+    mask = torch.ones(rows, 1, tokens, width, dtype=torch.bool)
+    given = {name: torch.zeros(rows, 2, tokens, width) for name in more}
     expected = torch.nn.functional.scaled_dot_product_attention(query, key, key)
-    with torch.no_grad(), FewRows(Network()).of(Step([Block(0, 3, 0, 7)], 3, 7)):
+    with torch.no_grad(), FewRows(Network()).of(Step([-1] * 3, 0, 7)):
         found = fewrows._attend(Module(), query, key, key, mask, **given)[0]
     torch.testing.assert_close(found.transpose(1, 2), expected)
     assert fewrows._step.get() is None
@@ -266,5 +259,5 @@ def test_attention_outside_a_step_is_that_of_pytorch(monkeypatch):
 
 
 def test_other_devices_and_precisions_go_without():
-    assert few_rows(Network(), CPU, torch.bfloat16) is None
-    assert few_rows(Network(), torch.device("meta"), torch.float32) is None
+    assert few_rows(Network().to(torch.bfloat16)) is None
+    assert few_rows(Network().to("meta")) is None
