@@ -254,7 +254,7 @@ class Session:
             kept = Path(settings.store) if settings.store else self.folder.kept
             name = f"reference-{self.ranks.rank}.sqlite" if self.ranks.world > 1 else "reference.sqlite"
             source = self._initial() if settings.path is not None else scorer
-            return Cached(Resident(source, device, budget, dtype), Store(kept / name))
+            return Cached(Resident(source, device, budget, dtype, frozen=True), Store(kept / name))
         new = self.model.lora is not None and self.model.lora.path is None
         if new and settings.every is None and not live and settings.path is None:
             return AdapterOff(scorer, device, budget, dtype, self._temperature)
@@ -263,7 +263,7 @@ class Session:
             scorer.compare_with(other, self._warn)
         if settings.every is not None and settings.mix is not None:
             return Moving(other, device, budget, dtype, self._temperature, every=settings.every, mix=settings.mix)
-        return Resident(other, device, budget, dtype, self._temperature)
+        return Resident(other, device, budget, dtype, self._temperature, frozen=not live)
 
     def _initial(self) -> Scorer:
         """A second copy of the reference model."""

@@ -6,8 +6,8 @@ The plain path computes whole logits for padded rows under a mask; it stays as t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from prefopt.data.render import Tokens
+from prefopt.engine.fewrows import FewRows
 from prefopt.engine.head import token_collision_entropy, token_entropy, token_kl, token_logps
 from prefopt.engine.layout import PLAIN, Packed, Paths, tree_mask
 from prefopt.engine.linear import Head, Shape, linear_kl, linear_logps
@@ -46,6 +47,7 @@ class Scorer(nn.Module):
         self.beside: list[Scorer] = []
         self.recomputed: list[nn.Module] = []
         self.critic: Scorer | None = None
+        self.few_rows: FewRows | None = None
         width = int(self.config.hidden_size)
         self.value_head = nn.Linear(width, 1) if values else None
         if self.value_head is not None:
@@ -76,6 +78,15 @@ class Scorer(nn.Module):
             )
         self._go_with(reference, "reference", warn)
         self.beside = [reference]
+
+    @contextmanager
+    def packed(self, few_rows: FewRows | None) -> Iterator[None]:
+        """Within it, products that nothing is derived from are those of these packed matrices."""
+        self.few_rows = few_rows
+        try:
+            yield
+        finally:
+            self.few_rows = None
 
     def value_by(self, critic: Scorer, warn: Callable[[str], None]) -> None:
         """Makes `values` the critic's. Both then take the same path."""
@@ -111,7 +122,8 @@ class Scorer(nn.Module):
 
         Positions past a completion hold 0. `noise` is that of this network alone: reference and critic have none.
         """
-        with recomputing(self.recomputed, self._attention), changing(self.network, noise), self._attention():
+        changed = recomputing(self.recomputed, self._attention), changing(self.network, noise)
+        with changed[0], changed[1], self._attention(), self.few_rows or nullcontext():
             if set(want) == {"scores"}:
                 return {"scores": self._scores(packed)}
             compute = self._tiled if self.paths.tiled else self._plain
@@ -152,6 +164,7 @@ class Scorer(nn.Module):
         if LINEAR & set(want):
             options: dict[str, Any] = {"entropy": "entropy" in want, "collision": "collision_entropy" in want}
             options |= {"keep_bytes": self.paths.keep_bytes, "into": into}
+            options["layer"] = None if self.few_rows is None else self.network.get_output_embeddings()  # type: ignore[operator]
             scores = linear_logps(states, head.weight, packed.target, head.bias, head.shape, **options)
             found = {name: x for name, x in scores._asdict().items() if name in want}
         if "token_kl" in want:

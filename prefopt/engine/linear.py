@@ -9,7 +9,7 @@ log p is kept from the forward pass while the budget lasts and computed again be
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+Layer = Callable[[Tensor], Tensor]
 TILE_BYTES = 32 << 20
 KEEP_BYTES = 256 << 20
 
@@ -68,15 +69,17 @@ def linear_logps(
     keep_bytes: int = KEEP_BYTES,
     tile_bytes: int = TILE_BYTES,
     into: Tensor | None = None,
+    layer: Layer | None = None,
 ) -> Scores:
     """log p of `targets` [S] under softmax(hidden @ weight.T): `hidden` [S, H], `weight` [V, H], `bias` [V].
 
     Sums are in float32 (float64 when given float64). `keep_bytes` is what one call may hold for its backward pass,
     `tile_bytes` what it works on at a time. The gradient of `weight` is added to `into` [V, H], in float32 or better,
-    in place of being returned: no second matrix, and no hook on `weight` hears of it.
+    in place of being returned: no second matrix, and no hook on `weight` hears of it. `layer` computes
+    `hidden @ weight.T + bias` [S, V] where nothing is derived from it.
     """
     dtype = _precision(hidden, weight)
-    settings = _Settings(shape or Shape(), entropy, keep_bytes, tile_bytes, into, dtype, collision)
+    settings = _Settings(shape or Shape(), entropy, keep_bytes, tile_bytes, into, dtype, collision, layer)
     return Scores(*_LinearLogps.apply(hidden, weight, bias, targets, settings))  # type: ignore[no-untyped-call]
 
 
@@ -90,6 +93,10 @@ class _Settings:
     dtype: torch.dtype
     """Of the operands of products; autocast is over when the backward pass runs, so it is settled before."""
     collision: bool = False
+    layer: Layer | None = None
+
+    def product(self, states: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
+        return _product(states, matrix, bias) if self.layer is None else self.layer(states)
 
     def tiles(self, positions: int, vocabulary: int, width: int) -> Iterator[slice]:
         rows = max(1, self.tile_bytes // (vocabulary * width))
@@ -111,7 +118,7 @@ class _LinearLogps(torch.autograd.Function):
         left = settings.keep_bytes if any(ctx.needs_input_grad) else 0
         with torch.autocast(states.device.type, enabled=False):
             for part in settings.tiles(len(states), len(matrix), exact.itemsize):
-                z = settings.shape.logits(_product(states[part], matrix, bias))
+                z = settings.shape.logits(settings.product(states[part], matrix, bias))
                 own = targets[part, None]
                 logps[part] = z.gather(1, own).squeeze(1)
                 z = _log_softmax_(z)

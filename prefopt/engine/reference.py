@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from prefopt.data.render import Tokens
 from prefopt.engine.checkpoint import load_tied
+from prefopt.engine.fewrows import few_rows
 from prefopt.engine.forward import Scorer, run
 from prefopt.engine.layout import members, units
 from prefopt.engine.lora import Without, disabled
@@ -114,7 +115,8 @@ def fingerprint(source: Resident) -> bytes:
         if source.device.type == "cuda"
         else torch.backends.cpu.get_cpu_capability()
     )
-    place = (torch.__version__, device, torch.get_num_threads(), source.dtype, source.temperature, source.scorer.paths)
+    ways = source.scorer.paths, source.few_rows is not None
+    place = (torch.__version__, device, torch.get_num_threads(), source.dtype, source.temperature, ways)
     found = blake2b(repr(place).encode(), digest_size=32)
     for name, x in sorted(source.scorer.network.state_dict().items()):
         found.update(f"{name} {x.dtype} {tuple(x.shape)}".encode())
@@ -126,10 +128,22 @@ class Resident:
     """A model in memory, without gradient."""
 
     def __init__(
-        self, scorer: Scorer, device: torch.device, budget: int, dtype: str = "float32", temperature: float = 1.0
+        self,
+        scorer: Scorer,
+        device: torch.device,
+        budget: int,
+        dtype: str = "float32",
+        temperature: float = 1.0,
+        *,
+        frozen: bool = False,
     ) -> None:
+        """The matrices of a `frozen` one are packed once, where that makes it faster."""
         self.scorer, self.device, self.budget, self.dtype = scorer.to(device), device, budget, dtype
         self.temperature = temperature
+        fast = frozen and dtype == "float32" and scorer.paths.layout != "padded"
+        self.few_rows = few_rows(scorer.network) if fast else None
+        if self.few_rows is not None:  # which matrices have the same input is seen in a first pass, that of no group
+            self.logps([Tokens((0,), (0,))], [0])
 
     @property
     def network(self) -> nn.Module:
@@ -141,7 +155,10 @@ class Resident:
         kept: dict[int, Tensor] = {}
         for micro in plan(units(tokens, groups, self.scorer.paths), self.budget)[0]:
             part, own = [tokens[i] for i in micro.index], [groups[i] for i in micro.index]
-            found = run(self.scorer, part, ("logps",), self.device, self.dtype, own, self.temperature)["logps"].cpu()
+            with self.scorer.packed(self.few_rows):
+                found = run(self.scorer, part, ("logps",), self.device, self.dtype, own, self.temperature)[
+                    "logps"
+                ].cpu()
             kept.update({i: found[k, : len(tokens[i].completion)] for k, i in enumerate(micro.index)})
         return [kept[i] for i in range(len(tokens))]
 

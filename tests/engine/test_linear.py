@@ -50,6 +50,25 @@ def test_values_and_gradients_are_those_of_whole_logits(entropy, bias, shape, ke
     assert all(torch.allclose(a, b, atol=1e-11) for a, b in pairs)
 
 
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_layer_may_compute_the_product(bias, shape):
+    """It is asked tile by tile, for nothing but the product."""
+    made, targets = inputs(bias)
+    asked = []
+
+    def layer(states: torch.Tensor) -> torch.Tensor:
+        asked.append(len(states))
+        return states @ made[1].T + (made[2] if bias else 0.0)
+
+    with torch.no_grad():
+        scores = linear_logps(
+            made[0], made[1] * torch.nan, targets, *made[2:], shape=shape, tile_bytes=1200, layer=layer
+        )
+    assert torch.allclose(scores.logps, by_autograd(made, targets, shape)[0], atol=1e-12)
+    assert asked == [4, 4, 4, 1]
+
+
 def test_half_precision_states_are_summed_in_float32():
     (hidden, weight), targets = inputs(bias=False, dtype=torch.bfloat16)
     scores = linear_logps(hidden, weight, targets)

@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from prefopt.data.render import Tokens
+from prefopt.engine import fewrows
 from prefopt.engine.forward import Scorer
 from prefopt.engine.layout import PLAIN, Paths
 from prefopt.engine.ranks import Ranks
@@ -52,13 +53,14 @@ def test_values_come_back_in_the_order_asked_for_whatever_the_budget(scorer):
 
 
 @pytest.mark.parametrize("paths", [PLAIN, Paths("shared", tiled=True)])
-def test_a_cached_value_has_the_same_bits_in_whatever_order_the_cache_is_filled(scorer, tmp_path, paths):
+def test_a_cached_value_has_the_same_bits_in_whatever_order_the_cache_is_filled(scorer, tmp_path, paths, monkeypatch):
+    monkeypatch.setattr(fewrows, "LEAST", 1)
     scorer.paths = paths
     tokens, groups = pairs()
     orders = [list(range(12)), list(range(12))[::-1], random.Random(1).sample(range(12), 12)]
     caches = []
     for number, order in enumerate(orders):
-        cache = Cached(Resident(scorer, CPU, budget=500), Store(tmp_path / f"{number}.sqlite"))
+        cache = Cached(Resident(scorer, CPU, budget=500, frozen=True), Store(tmp_path / f"{number}.sqlite"))
         for first in range(0, len(order), 5):
             index = [i for group in order[first : first + 5] for i in (2 * group, 2 * group + 1)]
             cache.logps([tokens[i] for i in index], [groups[i] for i in index])
@@ -66,6 +68,29 @@ def test_a_cached_value_has_the_same_bits_in_whatever_order_the_cache_is_filled(
     first, *others = (cache.logps(tokens, groups) for cache in caches)
     for other in others:
         assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+
+
+@pytest.mark.parametrize("tiled", [True, False])
+def test_a_frozen_reference_packs_its_matrices_and_says_the_same(scorer, monkeypatch, tiled):
+    monkeypatch.setattr(fewrows, "LEAST", 1)
+    scorer.paths = Paths("shared", tiled=tiled)
+    tokens, groups = pairs()
+    frozen = Resident(scorer, CPU, budget=100, frozen=True)
+    found, expected = (other.logps(tokens, groups) for other in (frozen, Resident(scorer, CPU, budget=100)))
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+    packed = frozen.few_rows.products
+    assert {layer for product in packed for layer in product.layers} == set(frozen.few_rows.layers)
+    assert all(product.packed is not None for product in packed)
+    assert len(packed) < len(frozen.few_rows.layers)  # those with the same input are one
+    assert scorer.few_rows is None
+
+
+def test_a_reference_on_the_plain_path_packs_nothing(scorer):
+    assert Resident(scorer, CPU, budget=100, frozen=True).few_rows is None
+    scorer.paths = Paths("shared", tiled=True)
+    assert Resident(scorer, CPU, budget=100, dtype="bfloat16", frozen=True).few_rows is None
+    assert Resident(scorer, CPU, budget=100, frozen=True).few_rows is not None
 
 
 def test_sharing_scores_each_group_once_and_outlives_the_model_and_the_process(scorer, tmp_path, monkeypatch):
