@@ -7,7 +7,7 @@ here oneDNN packs each matrix once, for as long as rows are drawn. What rows sha
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from functools import partial
 from typing import Any
@@ -76,6 +76,8 @@ class Step:
         return found.transpose(1, 2).flatten(0, 1)[self.back]
 
 
+_product: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+_known = torch.backends.mkldnn.is_available() and _product is not None  # type: ignore[no-untyped-call]
 _step: ContextVar[Step | None] = ContextVar("step", default=None)
 """Which step the thread is in."""
 
@@ -86,39 +88,47 @@ class Product:
     def __init__(self, layers: Sequence[nn.Linear]) -> None:
         self.layers = layers
         self.sizes = [len(layer.weight) for layer in layers]
-        self.packed: Tensor | None = None
         self.made: list[tuple[Tensor, int]] = []
         """The matrices that it was packed from, each with its version."""
+        self.packed: Tensor | None = None
+        self.bias: Tensor | None = None
         self.clear()
+
+    def ready(self) -> None:
+        """Packs the matrices if one of them has changed."""
+        weights: list[Tensor] = [layer.weight for layer in self.layers]
+        made = [(weight, weight._version) for weight in weights]
+        if [(id(weight), version) for weight, version in made] != [
+            (id(weight), version) for weight, version in self.made
+        ]:
+            matrix = weights[0] if len(weights) == 1 else torch.cat(weights)
+            self.packed, self.made = torch.ops.mkldnn._reorder_linear_weight(matrix.detach(), USUAL), made
+        biases: list[Tensor] = [layer.bias for layer in self.layers if layer.bias is not None]
+        self.bias = None if not biases else biases[0] if len(biases) == 1 else torch.cat(biases)
 
     def clear(self) -> None:
         self.input: Tensor | None = None
-        self.outputs: Sequence[Tensor] = ()
+        self.outputs: list[Tensor] = []
 
     def __call__(self, place: int, input: Tensor) -> Tensor:
         """What its layer at that place makes of the input [..., in]."""
         if not _plain(input):
             return nn.Linear.forward(self.layers[place], input)
+        if len(self.sizes) == 1:
+            return _product(input, self.packed, self.bias, "none", [], "")  # type: ignore[no-any-return]
         if place == 0 or input is not self.input:
-            self.input, self.outputs = input, torch.split(self._all(input), self.sizes, -1)
+            self.input = input
+            self.outputs = _product(input, self.packed, self.bias, "none", [], "").split_with_sizes(self.sizes, -1)
         return self.outputs[place].contiguous()
 
-    def _all(self, input: Tensor) -> Tensor:
-        biases: list[Tensor] = [layer.bias for layer in self.layers if layer.bias is not None]
-        bias = None if not biases else biases[0] if len(biases) == 1 else torch.cat(biases)
-        return torch.ops.mkldnn._linear_pointwise(input, self._matrix(), bias, "none", [], "")  # type: ignore[no-any-return]
 
-    def _matrix(self) -> Tensor:
-        """Packed again when one of them has changed."""
-        weights: list[Tensor] = [layer.weight for layer in self.layers]
-        same = len(self.made) == len(weights) and all(
-            old is new and version == new._version for (old, version), new in zip(self.made, weights, strict=True)
-        )
-        if self.packed is None or not same:
-            matrix = weights[0] if len(weights) == 1 else torch.cat(weights)
-            self.packed = torch.ops.mkldnn._reorder_linear_weight(matrix.detach(), USUAL)
-            self.made = [(weight, weight._version) for weight in weights]
-        return self.packed
+def packed(layer: nn.Linear) -> Callable[[Tensor], Tensor] | None:
+    """What computes the products of this layer, which stays as it is, where there is something faster."""
+    if not _known or not _packable(layer):
+        return None
+    product = Product([layer])
+    product.ready()
+    return partial(product, 0)
 
 
 class FewRows:
@@ -146,6 +156,7 @@ class FewRows:
         for layer in self.layers:
             vars(layer)["forward"] = partial(self._watch, layer)
         for product in self.products:
+            product.ready()
             for place, layer in enumerate(product.layers):
                 vars(layer)["forward"] = partial(product, place)
 
@@ -235,8 +246,7 @@ def _attention(asked: Asked, step: Step) -> Tensor:
 def few_rows(network: Any) -> FewRows | None:
     """What makes steps of the network faster, where there is something: on a CPU, in float32."""
     vectors = network.get_input_embeddings().weight
-    known = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")  # type: ignore[no-untyped-call]
-    return FewRows(network) if known and vectors.is_cpu and vectors.dtype == torch.float32 else None
+    return FewRows(network) if _known and vectors.is_cpu and vectors.dtype == torch.float32 else None
 
 
 AttentionInterface.register(NAME, _attend)

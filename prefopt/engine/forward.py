@@ -15,10 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from prefopt.data.render import Tokens
-from prefopt.engine.fewrows import FewRows
 from prefopt.engine.head import token_collision_entropy, token_entropy, token_kl, token_logps
 from prefopt.engine.layout import PLAIN, Packed, Paths, tree_mask
-from prefopt.engine.linear import Head, Shape, linear_kl, linear_logps
+from prefopt.engine.linear import Head, Layer, Shape, linear_kl, linear_logps
 from prefopt.engine.lora import adapted
 from prefopt.engine.noise import Change, changing
 from prefopt.engine.ranks import unwrap
@@ -47,7 +46,7 @@ class Scorer(nn.Module):
         self.beside: list[Scorer] = []
         self.recomputed: list[nn.Module] = []
         self.critic: Scorer | None = None
-        self.few_rows: FewRows | None = None
+        self.product: Layer | None = None
         width = int(self.config.hidden_size)
         self.value_head = nn.Linear(width, 1) if values else None
         if self.value_head is not None:
@@ -80,13 +79,13 @@ class Scorer(nn.Module):
         self.beside = [reference]
 
     @contextmanager
-    def packed(self, few_rows: FewRows | None) -> Iterator[None]:
-        """Within it, products that nothing is derived from are those of these packed matrices."""
-        self.few_rows = few_rows
+    def packed(self, product: Layer | None) -> Iterator[None]:
+        """Within it, `product` computes what the output layer makes of states, where nothing is derived from it."""
+        self.product = product
         try:
             yield
         finally:
-            self.few_rows = None
+            self.product = None
 
     def value_by(self, critic: Scorer, warn: Callable[[str], None]) -> None:
         """Makes `values` the critic's. Both then take the same path."""
@@ -122,8 +121,7 @@ class Scorer(nn.Module):
 
         Positions past a completion hold 0. `noise` is that of this network alone: reference and critic have none.
         """
-        changed = recomputing(self.recomputed, self._attention), changing(self.network, noise)
-        with changed[0], changed[1], self._attention(), self.few_rows or nullcontext():
+        with recomputing(self.recomputed, self._attention), changing(self.network, noise), self._attention():
             if set(want) == {"scores"}:
                 return {"scores": self._scores(packed)}
             compute = self._tiled if self.paths.tiled else self._plain
@@ -163,8 +161,7 @@ class Scorer(nn.Module):
         into = head.weight.grad if self.in_place else None
         if LINEAR & set(want):
             options: dict[str, Any] = {"entropy": "entropy" in want, "collision": "collision_entropy" in want}
-            options |= {"keep_bytes": self.paths.keep_bytes, "into": into}
-            options["layer"] = None if self.few_rows is None else self.network.get_output_embeddings()  # type: ignore[operator]
+            options |= {"keep_bytes": self.paths.keep_bytes, "into": into, "layer": self.product}
             scores = linear_logps(states, head.weight, packed.target, head.bias, head.shape, **options)
             found = {name: x for name, x in scores._asdict().items() if name in want}
         if "token_kl" in want:

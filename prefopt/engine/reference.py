@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from prefopt.data.render import Tokens
 from prefopt.engine.checkpoint import load_tied
-from prefopt.engine.fewrows import few_rows
+from prefopt.engine.fewrows import packed
 from prefopt.engine.forward import Scorer, run
 from prefopt.engine.layout import members, units
 from prefopt.engine.lora import Without, disabled
@@ -115,7 +115,7 @@ def fingerprint(source: Resident) -> bytes:
         if source.device.type == "cuda"
         else torch.backends.cpu.get_cpu_capability()
     )
-    ways = source.scorer.paths, source.few_rows is not None
+    ways = source.scorer.paths, source.product is not None
     place = (torch.__version__, device, torch.get_num_threads(), source.dtype, source.temperature, ways)
     found = blake2b(repr(place).encode(), digest_size=32)
     for name, x in sorted(source.scorer.network.state_dict().items()):
@@ -137,13 +137,11 @@ class Resident:
         *,
         frozen: bool = False,
     ) -> None:
-        """The matrices of a `frozen` one are packed once, where that makes it faster."""
+        """The output layer of a `frozen` one is packed once, where that makes it faster."""
         self.scorer, self.device, self.budget, self.dtype = scorer.to(device), device, budget, dtype
         self.temperature = temperature
-        fast = frozen and dtype == "float32" and scorer.paths.layout != "padded"
-        self.few_rows = few_rows(scorer.network) if fast else None
-        if self.few_rows is not None:  # which matrices have the same input is seen in a first pass, that of no group
-            self.logps([Tokens((0,), (0,))], [0])
+        fast = frozen and dtype == "float32" and scorer.paths.tiled
+        self.product = packed(scorer.network.get_output_embeddings()) if fast else None  # type: ignore[operator]
 
     @property
     def network(self) -> nn.Module:
@@ -155,7 +153,7 @@ class Resident:
         kept: dict[int, Tensor] = {}
         for micro in plan(units(tokens, groups, self.scorer.paths), self.budget)[0]:
             part, own = [tokens[i] for i in micro.index], [groups[i] for i in micro.index]
-            with self.scorer.packed(self.few_rows):
+            with self.scorer.packed(self.product):
                 found = run(self.scorer, part, ("logps",), self.device, self.dtype, own, self.temperature)[
                     "logps"
                 ].cpu()

@@ -70,27 +70,26 @@ def test_a_cached_value_has_the_same_bits_in_whatever_order_the_cache_is_filled(
         assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
 
 
-@pytest.mark.parametrize("tiled", [True, False])
-def test_a_frozen_reference_packs_its_matrices_and_says_the_same(scorer, monkeypatch, tiled):
+def test_a_frozen_reference_packs_its_output_layer_and_says_the_same(scorer, monkeypatch):
     monkeypatch.setattr(fewrows, "LEAST", 1)
-    scorer.paths = Paths("shared", tiled=tiled)
+    scorer.paths = Paths("shared", tiled=True)
     tokens, groups = pairs()
     frozen = Resident(scorer, CPU, budget=100, frozen=True)
-    found, expected = (other.logps(tokens, groups) for other in (frozen, Resident(scorer, CPU, budget=100)))
-    for a, b in zip(found, expected, strict=True):
+    expected = Resident(scorer, CPU, budget=100).logps(tokens, groups)
+    asked, product = [], frozen.product
+    frozen.product = lambda states: asked.append(len(states)) or product(states)
+    for a, b in zip(frozen.logps(tokens, groups), expected, strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
-    packed = frozen.few_rows.products
-    assert {layer for product in packed for layer in product.layers} == set(frozen.few_rows.layers)
-    assert all(product.packed is not None for product in packed)
-    assert len(packed) < len(frozen.few_rows.layers)  # those with the same input are one
-    assert scorer.few_rows is None
+    assert sum(asked) == sum(len(t.completion) for t in tokens)
+    assert scorer.product is None
 
 
-def test_a_reference_on_the_plain_path_packs_nothing(scorer):
-    assert Resident(scorer, CPU, budget=100, frozen=True).few_rows is None
+def test_a_reference_on_the_plain_path_packs_nothing(scorer, monkeypatch):
+    monkeypatch.setattr(fewrows, "LEAST", 1)
+    assert Resident(scorer, CPU, budget=100, frozen=True).product is None
     scorer.paths = Paths("shared", tiled=True)
-    assert Resident(scorer, CPU, budget=100, dtype="bfloat16", frozen=True).few_rows is None
-    assert Resident(scorer, CPU, budget=100, frozen=True).few_rows is not None
+    assert Resident(scorer, CPU, budget=100, dtype="bfloat16", frozen=True).product is None
+    assert Resident(scorer, CPU, budget=100, frozen=True).product is not None
 
 
 def test_sharing_scores_each_group_once_and_outlives_the_model_and_the_process(scorer, tmp_path, monkeypatch):
