@@ -97,12 +97,13 @@ class Product:
     def ready(self) -> None:
         """Packs the matrices if one of them has changed."""
         weights: list[Tensor] = [layer.weight for layer in self.layers]
-        made = [(weight, weight._version) for weight in weights]
-        if [(id(weight), version) for weight, version in made] != [
-            (id(weight), version) for weight, version in self.made
-        ]:
+        same = all(
+            new is old and new._version == version for new, (old, version) in zip(weights, self.made, strict=False)
+        )
+        if not same or not self.made:
             matrix = weights[0] if len(weights) == 1 else torch.cat(weights)
-            self.packed, self.made = torch.ops.mkldnn._reorder_linear_weight(matrix.detach(), USUAL), made
+            self.packed = torch.ops.mkldnn._reorder_linear_weight(matrix.detach(), USUAL)
+            self.made = [(weight, weight._version) for weight in weights]
         biases: list[Tensor] = [layer.bias for layer in self.layers if layer.bias is not None]
         self.bias = None if not biases else biases[0] if len(biases) == 1 else torch.cat(biases)
 
@@ -141,6 +142,10 @@ class FewRows:
         self.layers = [layer for layer in network.modules() if _packable(layer)]
         self.seen: list[tuple[nn.Linear, Tensor]] = []
         self.products: list[Product] = []
+        self.forwards: list[tuple[dict[str, Any], Any]] = [
+            (vars(layer), partial(_watch, self.seen, layer)) for layer in self.layers
+        ]
+        """What is put into which layers while a step lasts."""
         self.step: Step | None = None
 
     def of(self, step: Step) -> FewRows:
@@ -153,28 +158,32 @@ class FewRows:
         self.usual = self.config._attn_implementation
         if self.step is not None:
             self.config._attn_implementation = NAME
-        for layer in self.layers:
-            vars(layer)["forward"] = partial(self._watch, layer)
         for product in self.products:
             product.ready()
-            for place, layer in enumerate(product.layers):
-                vars(layer)["forward"] = partial(product, place)
+        for own, forward in self.forwards:
+            own["forward"] = forward
 
     def __exit__(self, *_: object) -> None:
-        for layer in self.layers:
-            del vars(layer)["forward"]
+        for own, _ in self.forwards:
+            del own["forward"]
         for product in self.products:
             product.clear()
         self.config._attn_implementation, self.step = self.usual, None
         _step.reset(self.told)
-        if not self.products:
+        if self.seen:
             self.products = [Product(layers) for layers in _together(self.seen)]
-            self.seen = []
+            self.seen.clear()
+            self.forwards = [
+                (vars(layer), partial(product, place))
+                for product in self.products
+                for place, layer in enumerate(product.layers)
+            ]
 
-    def _watch(self, layer: nn.Linear, input: Tensor) -> Tensor:
-        if _plain(input):
-            self.seen.append((layer, input))
-        return nn.Linear.forward(layer, input)
+
+def _watch(seen: list[tuple[nn.Linear, Tensor]], layer: nn.Linear, input: Tensor) -> Tensor:
+    if _plain(input):
+        seen.append((layer, input))
+    return nn.Linear.forward(layer, input)
 
 
 def _together(seen: Sequence[tuple[nn.Linear, Tensor]]) -> list[list[nn.Linear]]:
@@ -243,10 +252,10 @@ def _attention(asked: Asked, step: Step) -> Tensor:
     return found.view(n, heads, tokens, -1)
 
 
-def few_rows(network: Any) -> FewRows | None:
-    """What makes steps of the network faster, where there is something: on a CPU, in float32."""
+def able(network: Any) -> bool:
+    """Whether there is something that makes steps of the network faster: on a CPU, in float32."""
     vectors = network.get_input_embeddings().weight
-    return FewRows(network) if _known and vectors.is_cpu and vectors.dtype == torch.float32 else None
+    return bool(_known and vectors.is_cpu and vectors.dtype == torch.float32)
 
 
 AttentionInterface.register(NAME, _attend)

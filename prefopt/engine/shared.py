@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prefopt.engine.fewrows import Step, few_rows
+from prefopt.engine.fewrows import Step, able
 from prefopt.engine.slots import Layer, Slots, parts
 
 NOWHERE = 1 << 40
@@ -67,7 +67,7 @@ class Shared(Slots):
     @staticmethod
     def serves(network: Any) -> bool:
         """Whether this can be for the network."""
-        return few_rows(network) is not None and network.config.get_text_config()._attn_implementation == "sdpa"
+        return able(network) and network.config.get_text_config()._attn_implementation == "sdpa"
 
     def _layers(self, count: int, slots: int, prompt: int, room: int) -> list[Any]:
         return [SharedLayer(slots, prompt, room) for _ in range(count)]

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from prefopt.engine.fewrows import few_rows
+from prefopt.engine.fewrows import FewRows, able
 from prefopt.engine.forward import masks
 
 READ_TOKENS = 2048
@@ -97,7 +97,7 @@ class Slots:
         self.device = self.network.get_input_embeddings().weight.device
         self.layers: list[Any] = self._layers(self.config.num_hidden_layers, slots, prompt, room)
         self.cache = Cache(layers=self.layers)
-        self.few_rows = few_rows(network) if fast else None
+        self.few_rows = FewRows(network) if fast and able(network) else None
 
     def _layers(self, count: int, slots: int, prompt: int, room: int) -> list[Any]:
         return [Layer(slots, prompt + room) for _ in range(count)]
