@@ -53,8 +53,9 @@ class LanguageModel(Protocol):
         """Writes it to a new folder, as `from_pretrained` and servers read it: weights as safetensors, adapters merged
         into them, and the tokenizer."""
 
-    def arena(self, slots: int, prompt: int, room: int) -> Arena:
-        """Space for `slots` rows of at most `prompt` tokens to begin with and `room` more."""
+    def arena(self, slots: int, prompt: int, room: int, whole: int | None = None) -> Arena:
+        """Space for `slots` rows of at most `prompt` tokens to begin with and `room` more, `whole` together (their sum
+        unless it is less)."""
 
 
 class Arena(Protocol):

@@ -2,8 +2,8 @@
 next request. Knows requests, slots and tokens; how a model keeps what it has read is the arena's business.
 
 Every prompt is read once, however many completions are drawn for it: its last token is read with the rows' steps, what
-stands before it is copied from slot to slot. Tensors of the rows stay on the device; the host looks at them every few
-steps.
+stands before it serves all rows that begin with it. Tensors of the rows stay on the device; the host looks at them
+every few steps.
 """
 
 from __future__ import annotations
@@ -152,8 +152,8 @@ class _Drawing:
         self.queue = sorted(range(len(requests)), key=lambda i: (len(requests[i].prompt), requests[i].prompt))
         slots = min(sampler.slots or _usual_slots(self.model), len(requests))
         longest, most = max(len(request.prompt) for request in requests), max(self.rooms)
-        self.capacity = longest + most
-        self.arenas: list[Arena] = [model.arena(slots, longest, most) for model in models]
+        self.capacity = max(len(r.prompt) + room for r, room in zip(requests, self.rooms, strict=True))
+        self.arenas: list[Arena] = [model.arena(slots, longest, most, self.capacity) for model in models]
         self.rows = _Rows.empty(slots, most, self.model.device)
         self.ends = torch.tensor(sorted(self.model.end_ids), dtype=torch.long, device=self.model.device)
         self.owner: list[int | None] = [None] * slots

@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from prefopt.engine.fewrows import able
 from prefopt.engine.probe import WINDOW, narrow
 from prefopt.engine.shared import Shared
 from prefopt.engine.slots import Slots
@@ -19,12 +20,12 @@ from prefopt.sampling import Arena
 TOLERANCE = 1e-4
 PROMPTS = ((5, 6, 7, 8, 9, 10, 11), (3,), (5, 6, 7, 8), (9, 8, 7, 6, 5, 4, 3, 2, 1))
 STEPS = 2 * WINDOW
-Maker = Callable[[Any, int, int, int], Slots]
-"""Makes an arena of a network, for so many rows that begin with at most so many tokens and get so many more."""
+Maker = Callable[..., Slots]
+"""Makes an arena of a network and the numbers that `LanguageModel.arena` is told."""
 
 
 class Apart:
-    """Implements `prefopt.components.Arena` for every model: each row with a cache of its own, whatever that is."""
+    """Implements `prefopt.sampling.Arena` for every model: each row with a cache of its own, whatever that is."""
 
     def __init__(self, network: Any) -> None:
         self.network = network
@@ -60,13 +61,15 @@ _known: WeakKeyDictionary[nn.Module, Maker | None] = WeakKeyDictionary()
 """Of each network what makes its arena; None where slots do not hold."""
 
 
-def arena(network: nn.Module, slots: int, prompt: int, room: int, warn: Callable[[str], None]) -> Arena:
+def arena(
+    network: nn.Module, slots: int, prompt: int, room: int, whole: int | None, warn: Callable[[str], None]
+) -> Arena:
     """The fastest arena whose steps give what the network gives for each row read whole. `warn` hears once why it is
     a slower one."""
-    if network not in _known:
+    if network not in _known or (_known[network] is Shared and not Shared.serves(network)):
         _known[network] = _probed(network, warn)
     maker = _known[network]
-    return Apart(network) if maker is None else maker(network, slots, prompt, room)
+    return Apart(network) if maker is None else maker(network, slots, prompt, room, whole)
 
 
 def _probed(network: nn.Module, warn: Callable[[str], None]) -> Maker | None:
@@ -75,7 +78,7 @@ def _probed(network: nn.Module, warn: Callable[[str], None]) -> Maker | None:
         reason = disagreement(network, maker)
         if reason is None:
             if first is not None:
-                warn(f"rows are drawn without the shortcuts for few rows, which do not hold for this model: {first}")
+                warn(f"rows are drawn in a slower way: the fastest does not hold for this model: {first}")
             return maker
         first = first or reason
     warn(f"rows are drawn one by one: keys and values of many do not hold for this model: {first}")
@@ -87,7 +90,8 @@ def _makers(network: nn.Module) -> Iterator[Maker]:
     if Shared.serves(network):
         yield Shared
     yield Slots
-    yield partial(Slots, fast=False)
+    if able(network):
+        yield partial(Slots, fast=False)
 
 
 def disagreement(network: Any, maker: Maker) -> str | None:

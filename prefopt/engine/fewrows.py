@@ -1,5 +1,5 @@
 """Drawing on a CPU: products of few rows with large matrices, and attention of one token a row. Knows linear layers and
-attention; no model.
+the attention of transformers; no architecture.
 
 With few rows, most of the time of a product is spent on reading the matrix in an order that suits the processor badly:
 here oneDNN packs each matrix once, for as long as rows are drawn. What rows share of a prompt is read once for all.
@@ -135,7 +135,7 @@ def packed(layer: nn.Linear) -> Callable[[Tensor], Tensor] | None:
 class FewRows:
     """Within it, the network's linear layers are computed from packed matrices and the attention of single tokens as
     whole products, both in float32: the same numbers up to rounding, which nothing can be derived from. The first step
-    watches which layers are given the same input."""
+    watches which layers are given the same input. Meanwhile the network is for one thread alone."""
 
     def __init__(self, network: Any) -> None:
         self.config = network.config.get_text_config()
@@ -154,30 +154,30 @@ class FewRows:
         return self
 
     def __enter__(self) -> None:
-        self.told = _step.set(self.step)
-        self.usual = self.config._attn_implementation
-        if self.step is not None:
-            self.config._attn_implementation = NAME
         for product in self.products:
             product.ready()
+        self.told = _step.set(self.step)
+        if self.step is not None:
+            self.usual, self.config._attn_implementation = self.config._attn_implementation, NAME
         for own, forward in self.forwards:
             own["forward"] = forward
 
-    def __exit__(self, *_: object) -> None:
-        for own, _ in self.forwards:
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        for own, _forward in self.forwards:
             del own["forward"]
         for product in self.products:
             product.clear()
-        self.config._attn_implementation, self.step = self.usual, None
+        if self.step is not None:
+            self.config._attn_implementation, self.step = self.usual, None
         _step.reset(self.told)
-        if self.seen:
+        if self.seen and error is None:
             self.products = [Product(layers) for layers in _together(self.seen)]
-            self.seen.clear()
             self.forwards = [
                 (vars(layer), partial(product, place))
                 for product in self.products
                 for place, layer in enumerate(product.layers)
             ]
+        self.seen.clear()
 
 
 def _watch(seen: list[tuple[nn.Linear, Tensor]], layer: nn.Linear, input: Tensor) -> Tensor:

@@ -142,6 +142,14 @@ class Without(nn.Module):
         whole = self.inner[0].state_dict(*args, **kwargs)
         return {name: x for name, x in whole.items() if ".lora_" not in name}
 
+    def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
+        return self.inner[0].named_modules(*args, **kwargs)
+
+    @property
+    def base_model(self) -> Without:
+        """Its backbone, without adapters too."""
+        return Without(self.inner[0].base_model)  # type: ignore[arg-type]
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         with disabled(self.inner[0]):
             return self.inner[0](*args, **kwargs)

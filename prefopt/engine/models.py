@@ -72,8 +72,8 @@ class Model:
         network.save_pretrained(folder, state_dict=lora.merged(network) if lora.adapted(network) else None)
         self.tokenizer.save_pretrained(folder)
 
-    def arena(self, slots: int, prompt: int, room: int) -> Arena:
-        return arena(self.network, slots, prompt, room, self.warn)
+    def arena(self, slots: int, prompt: int, room: int, whole: int | None = None) -> Arena:
+        return arena(self.network, slots, prompt, room, whole, self.warn)
 
 
 def load_causal(config: ModelConfig, seed: int = 0) -> nn.Module:

@@ -55,10 +55,10 @@ class SharedLayer(Layer):
 
 
 class Shared(Slots):
-    """Implements `prefopt.components.Arena` with each prompt in one place, whatever number of rows begin with it."""
+    """Implements `prefopt.sampling.Arena` with each prompt in one place, whatever number of rows begin with it."""
 
-    def __init__(self, network: Any, slots: int, prompt: int, room: int) -> None:
-        super().__init__(network, slots, prompt, room)
+    def __init__(self, network: Any, slots: int, prompt: int, room: int, whole: int | None = None) -> None:
+        super().__init__(network, slots, prompt, room, whole)
         self.place = [-1] * slots
         """Where the prompt of each slot stands, none for an empty one."""
         self.size = [0] * slots
@@ -69,8 +69,8 @@ class Shared(Slots):
         """Whether this can be for the network."""
         return able(network) and network.config.get_text_config()._attn_implementation == "sdpa"
 
-    def _layers(self, count: int, slots: int, prompt: int, room: int) -> list[Any]:
-        return [SharedLayer(slots, prompt, room) for _ in range(count)]
+    def _layer(self, slots: int, prompt: int, room: int, whole: int | None) -> Layer:
+        return SharedLayer(slots, prompt, room)
 
     @torch.no_grad()
     def read(self, prompts: List[tuple[int, ...]], slots: List[int]) -> None:

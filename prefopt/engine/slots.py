@@ -88,19 +88,21 @@ class Layer(CacheLayerMixin):  # type: ignore[misc]
 
 
 class Slots:
-    """Implements `prefopt.components.Arena` with one cache for all rows, through the model's own attention."""
+    """Implements `prefopt.sampling.Arena` with one cache for all rows, through the model's own attention."""
 
-    def __init__(self, network: Any, slots: int, prompt: int, room: int, fast: bool = True) -> None:
+    def __init__(
+        self, network: Any, slots: int, prompt: int, room: int, whole: int | None = None, fast: bool = True
+    ) -> None:
         """`fast` allows what a CPU has for products of few rows."""
         self.network = network
         self.config = self.network.config.get_text_config()
         self.device = self.network.get_input_embeddings().weight.device
-        self.layers: list[Any] = self._layers(self.config.num_hidden_layers, slots, prompt, room)
+        self.layers: list[Any] = [self._layer(slots, prompt, room, whole) for _ in range(self.config.num_hidden_layers)]
         self.cache = Cache(layers=self.layers)
         self.few_rows = FewRows(network) if fast and able(network) else None
 
-    def _layers(self, count: int, slots: int, prompt: int, room: int) -> list[Any]:
-        return [Layer(slots, prompt + room) for _ in range(count)]
+    def _layer(self, slots: int, prompt: int, room: int, whole: int | None) -> Layer:
+        return Layer(slots, prompt + room if whole is None else whole)
 
     @torch.no_grad()
     def read(self, prompts: List[tuple[int, ...]], slots: List[int]) -> None:

@@ -85,8 +85,8 @@ class Counted:
     def __getattr__(self, name: str):
         return getattr(self.model, name)
 
-    def arena(self, slots: int, prompt: int, room: int):
-        inner, counts = self.model.arena(slots, prompt, room), self
+    def arena(self, *sizes: int):
+        inner, counts = self.model.arena(*sizes), self
 
         class Arena:
             def read(self, prompts, slots):

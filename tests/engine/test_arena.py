@@ -16,6 +16,7 @@ from prefopt.config import LoraConfig, ModelConfig
 from prefopt.engine import fewrows
 from prefopt.engine.arena import Apart, arena, disagreement
 from prefopt.engine.fewrows import FewRows
+from prefopt.engine.lora import Without
 from prefopt.engine.models import Model, load_causal, open_model
 from prefopt.engine.shared import Shared
 from prefopt.engine.slots import Layer, Slots
@@ -103,7 +104,7 @@ def test_a_model_that_refuses_is_drawn_row_by_row(tiny_model):
             return self.inner(**inputs)
 
     heard: list[str] = []
-    assert isinstance(arena(Refusing(), 2, 4, 4, heard.append), Apart)
+    assert isinstance(arena(Refusing(), 2, 4, 4, None, heard.append), Apart)
     assert heard[0].endswith("ValueError: no masks here")
 
 
@@ -131,17 +132,38 @@ def test_a_model_of_five_words_can_be_probed(tmp_path):
 
 
 @pytest.mark.parametrize("maker", MAKERS)
-def test_memory_is_given_back_with_the_slots(tiny_model, maker):
+def test_memory_is_given_back_with_the_slots(tiny_model, maker, monkeypatch):
+    monkeypatch.setattr(fewrows, "LEAST", 1)
     slots = maker(AutoModelForCausalLM.from_pretrained(tiny_model), 1, 3, 5)
     slots.read([(5, 6, 7)], [0])
-    slots.advance(torch.tensor([8]), torch.tensor([3]), 4)
-    kept = weakref.ref(slots.layers[0])
+    for k in range(3):
+        slots.advance(torch.tensor([8]), torch.tensor([3 + k]), 4 + k)
+    kept = [weakref.ref(x) for x in (slots.layers[0], slots.few_rows, slots.few_rows.products[0], slots.network)]
     gc.disable()
     try:
         del slots
-        assert kept() is None
+        assert [x() for x in kept] == [None] * 4
     finally:
         gc.enable()
+
+
+def test_adapters_are_off_while_prompts_are_read_and_rows_advanced(tiny_model, monkeypatch):
+    """The first drawing is of an adapter that changes nothing, the second of one that does."""
+    monkeypatch.setattr(fewrows, "LEAST", 1)
+    network = load_causal(ModelConfig(path=str(tiny_model), lora=LoraConfig(rank=2)))
+    opened = open_model(str(tiny_model), CPU)
+    base, sampler = Model(Without(network), opened.tokenizer, CPU), Continuous(max_new_tokens=8, slots=5)
+    expected = texts(sampler, opened)
+    assert texts(sampler, base) == expected
+    torch.manual_seed(0)
+    for name, p in network.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=0.3)
+    assert texts(sampler, base) == expected
+    assert texts(sampler, Model(network, opened.tokenizer, CPU)) != expected
+    slots = base.arena(2, 3, 3)
+    assert type(slots) is Shared
+    assert {*slots.few_rows.layers} == {m for m in network.modules() if type(m) is torch.nn.Linear}
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2", "mistral"])
@@ -160,6 +182,7 @@ def test_every_shortcut_draws_the_text_of_the_plain_sampler(tmp_path, family, mo
     assert found == expected
     assert len({len(ids) for ids in found}) > 1
     assert max(step.spread.shape[1] for _, step in used) >= 4  # rows of one prompt
+    assert all(mode.products for mode, _ in used)
     assert all(product.packed is not None for mode, _ in used for product in mode.products)
 
 
@@ -169,9 +192,7 @@ def test_a_model_for_which_the_shortcuts_do_not_hold_is_drawn_in_slots_without_t
     monkeypatch.setattr(fewrows, "_attention", lambda asked, step: torch.zeros_like(asked.query))
     assert texts(Continuous(max_new_tokens=8), model) == texts(Plain(max_new_tokens=8), model)
     assert len(heard) == 1
-    assert heard[0].startswith(
-        "rows are drawn without the shortcuts for few rows, which do not hold for this model: they"
-    )
+    assert heard[0].startswith("rows are drawn in a slower way: the fastest does not hold for this model: they")
     assert type(model.arena(2, 2, 2)) is Slots
 
 
@@ -180,15 +201,29 @@ def test_a_model_whose_matrices_cannot_be_packed_is_drawn_in_slots(tiny_model, m
     monkeypatch.setattr(fewrows, "LEAST", 1)
     product = fewrows._product
     monkeypatch.setattr(fewrows, "_product", lambda *told: 2 * product(*told))
-    made = arena(network, 2, 2, 2, heard.append)
+    made = arena(network, 2, 2, 2, None, heard.append)
     assert type(made) is Slots
     assert made.few_rows is None
     assert len(heard) == 1
 
 
+def test_a_network_that_was_probed_elsewhere_is_probed_again(tiny_model):
+    network = AutoModelForCausalLM.from_pretrained(tiny_model)
+    assert type(arena(network, 2, 2, 2, None, print)) is Shared
+    network.set_attn_implementation("eager")
+    assert type(arena(network, 2, 2, 2, None, print)) is Slots
+    assert arena(network.to(torch.bfloat16), 2, 2, 2, None, print).few_rows is None
+
+
+def test_slots_take_no_more_than_the_whole_of_a_row(tiny_model):
+    slots = Slots(AutoModelForCausalLM.from_pretrained(tiny_model), 2, 6, 6, 8)
+    slots.read([(5, 6, 7)], [0])
+    assert slots.layers[0].keys.shape[2] == 8
+
+
 def test_a_model_with_attention_of_its_own_is_drawn_in_slots(tiny_model):
     network, heard = AutoModelForCausalLM.from_pretrained(tiny_model, attn_implementation="eager"), []
-    made = arena(network, 2, 2, 2, heard.append)
+    made = arena(network, 2, 2, 2, None, heard.append)
     assert type(made) is Slots
     assert made.few_rows is not None
     assert heard == []

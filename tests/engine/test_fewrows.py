@@ -144,6 +144,22 @@ def test_layers_are_themselves_again_afterwards():
 
 
 @needs_packing
+@torch.no_grad()
+def test_a_matrix_that_cannot_be_packed_leaves_nothing_behind(monkeypatch):
+    layer = linear()
+    network, x = Network(layer), numbers(3, WIDE)
+    mode = FewRows(network)
+    with mode:
+        layer(x)
+    monkeypatch.setattr(mode.products[0], "ready", lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError), mode.of(Step([-1], 0, 1)):
+        raise AssertionError
+    assert "forward" not in vars(layer)
+    assert network.text._attn_implementation == "sdpa"
+    assert fewrows._step.get() is None
+
+
+@needs_packing
 def test_what_something_is_derived_from_is_left_to_pytorch():
     layer = linear()
     mode, x = FewRows(Network(layer)), numbers(3, WIDE)

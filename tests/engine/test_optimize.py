@@ -58,6 +58,18 @@ def test_clipping_returns_the_norm_and_scales_down_to_the_limit():
     assert total**0.5 == pytest.approx(0.5, rel=1e-4)
 
 
+def test_gradients_within_the_limit_keep_every_bit_and_no_number_spoils_all():
+    net = module()
+    optimizer = Optimizer(net, OptimConfig(max_grad_norm=100.0))
+    for p in net.parameters():
+        p.grad = torch.full_like(p, 0.1)
+    optimizer.clip()
+    assert all(bool((p.grad == torch.tensor(0.1)).all()) for p in net.parameters())
+    next(net.parameters()).grad[0] = torch.nan
+    assert bool(optimizer.clip().isnan())
+    assert all(bool(p.grad.isnan().all()) for p in net.parameters())
+
+
 def test_no_limit_leaves_gradients_alone():
     net = module()
     for p in net.parameters():
