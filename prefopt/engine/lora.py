@@ -143,7 +143,8 @@ class Without(nn.Module):
         return {name: x for name, x in whole.items() if ".lora_" not in name}
 
     def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
-        return self.inner[0].named_modules(*args, **kwargs)
+        found: Iterator[tuple[str, nn.Module]] = self.inner[0].named_modules(*args, **kwargs)
+        return found
 
     @property
     def base_model(self) -> Without:
