@@ -154,10 +154,9 @@ class Resident:
         for micro in plan(units(tokens, groups, self.scorer.paths), self.budget)[0]:
             part, own = [tokens[i] for i in micro.index], [groups[i] for i in micro.index]
             with self.scorer.packed(self.product):
-                found = run(self.scorer, part, ("logps",), self.device, self.dtype, own, self.temperature)[
-                    "logps"
-                ].cpu()
-            kept.update({i: found[k, : len(tokens[i].completion)] for k, i in enumerate(micro.index)})
+                found = run(self.scorer, part, ("logps",), self.device, self.dtype, own, self.temperature)
+            logps = found["logps"].cpu()
+            kept.update({i: logps[k, : len(tokens[i].completion)] for k, i in enumerate(micro.index)})
         return [kept[i] for i in range(len(tokens))]
 
     def cost(self, tokens: Sequence[Tokens]) -> int:
