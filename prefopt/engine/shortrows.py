@@ -1,7 +1,7 @@
-"""Attention over short rows on a CPU. Knows queries, keys, values and a mask; no model.
+"""Attention over short rows, and rows that branch, on a CPU. Knows queries, keys, values and a mask; no model.
 
 PyTorch's kernel goes through attention block by block, which saves memory in long rows. In short ones the weights are
-small, and whole products of them take about half the time.
+small, and whole products of them take about half the time; where rows branch often, products of their parts take less.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
+
+from prefopt.engine.branches import Tree, branched, trees
 
 LONGEST = 320
 """Tokens of a row from which on PyTorch's kernel is as fast."""
@@ -47,19 +49,34 @@ class Asked(NamedTuple):
 
 
 class ShortRows(TorchFunctionMode):
-    """Within it, `scaled_dot_product_attention` over short rows in float32 on a CPU is computed from whole matrices of
-    weights: the same numbers up to rounding. It is for one forward pass, of few masks."""
+    """Within it, `scaled_dot_product_attention` over short rows, or rows that branch often, in float32 on a CPU is
+    computed from whole matrices of weights: the same numbers up to rounding. It is for one pass, of few masks."""
 
     def __init__(self) -> None:
         super().__init__()
         self.biases: dict[tuple[int, int], tuple[Tensor | None, Tensor]] = {}
+        self.trees: dict[int, tuple[Tensor, tuple[Tree, ...]]] = {}
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        if func is scaled_dot_product_attention and _short(asked := Asked(*args, **(kwargs or {}))):
-            return self._attention(asked)
+        if func is scaled_dot_product_attention:
+            asked = Asked(*args, **(kwargs or {}))
+            if rows := self._trees(asked):
+                return branched(asked.query, asked.key, asked.value, rows, asked.factor)
+            if _short(asked):
+                return self._attention(asked)
         return func(*args, **(kwargs or {}))
+
+    def _trees(self, asked: Asked) -> tuple[Tree, ...]:
+        """Of the rows, where it is worth to go by them."""
+        mask, (rows, heads, tokens, _) = asked.attn_mask, asked.query.shape
+        if mask is None or not asked.plain or not _selects(mask, (rows, 1, tokens, tokens)):
+            return ()
+        if id(mask) not in self.trees:
+            self.trees[id(mask)] = mask, trees(mask)
+        found = self.trees[id(mask)][1]
+        return found if 4 * heads * sum(tree.weights for tree in found) <= KEPT_BYTES else ()
 
     def _attention(self, asked: Asked) -> Tensor:
         bias = self._bias(asked.attn_mask, asked.query.shape[-2])
@@ -71,6 +88,10 @@ class ShortRows(TorchFunctionMode):
         if key not in self.biases:
             self.biases[key] = mask, _bias(mask, tokens)
         return self.biases[key][1]
+
+
+def _selects(mask: Tensor, shape: tuple[int, ...]) -> bool:
+    return mask.dtype == torch.bool and mask.shape == shape
 
 
 def _short(asked: Asked) -> bool:
