@@ -372,6 +372,9 @@ class Sampler(Component):
     """Draws completions from a model."""
 
     kind: ClassVar[str] = "sampler"
+    tells_own_logps: ClassVar[bool] = False
+    """Whether draws come from the very model in training, in its own precision: their log-probabilities are then those
+    that it gives them when it reads them, up to rounding, and nobody has to compute these again."""
 
     @property
     def density(self) -> float | None:

@@ -29,7 +29,7 @@ from prefopt.engine import checkpoint as checkpoints
 from prefopt.engine.alarms import Alarms
 from prefopt.engine.card import card
 from prefopt.engine.collect import Collector
-from prefopt.engine.columns import Forwarder, Meter, asked
+from prefopt.engine.columns import Forwarder, Meter, asked, told
 from prefopt.engine.evaluate import Evaluator, judge
 from prefopt.engine.failures import explained
 from prefopt.engine.folder import RunFolder, write_text
@@ -177,6 +177,7 @@ class Session:
         reference = self._reference(scorer)
         forwarder = Forwarder(self.ranks.wrap(scorer), self.ranks, self._budget, config.optim.precision)
         forwarder.temperature = self._temperature
+        forwarder.told = bool(config.draws) and told(config.algorithm, self._sampler, config.optim)
         optimizer = Optimizer(scorer, config.optim, self._lasting(scorer), self._critic_scale)
         data = (inputs.assembler, inputs.order, inputs.total)
         loop = Loop(config.algorithm, config.optim, *data, config.run.seed, forwarder, optimizer, reference, inputs.mix)

@@ -79,6 +79,21 @@ class Greedy(Reinforce):
         return [s for s in found if s.role == Role.SAMPLE]
 
 
+class Measured(Reinforce):
+    """Measures how far the policy has moved, and asks what its samples were as likely as."""
+
+    name = "toy_measured"
+    opponent: bool = False
+
+    def needs(self):
+        draws = (Draw(self.n), Draw(1, source="reference", role=Role.OPPONENT)) if self.opponent else (Draw(self.n),)
+        return Needs(draws=draws, rows={"score"}, before={"old_logps", "sampled_logps"}, during={"logps"})
+
+    def prepare(self, batch, ctx):
+        self.kept.append((batch.old_logps, batch.sampled_logps))
+        return super().prepare(batch, ctx)
+
+
 class Digits(RewardSource):
     """The share of the letter `1`; rows in `broken` cannot be scored, and every call is counted."""
 
@@ -102,7 +117,7 @@ class Digits(RewardSource):
 def found() -> Plugins:
     plugins = load()
     plugins.manager.unregister(name="prefopt:progress")
-    for component in (Reinforce, Picky, Greedy, Digits, Held):
+    for component in (Reinforce, Picky, Greedy, Measured, Digits, Held, Stranger):
         plugins.registry.add(component, "test", "0")
     for log in (Reinforce.seen, Reinforce.kept, Digits.calls, Held.seen):
         log.clear()
@@ -126,6 +141,13 @@ class Held(Plain):
     def open(self, model, other=None, mix=0.0):
         self.seen.append("open")
         return super().open(model, other, mix)
+
+
+class Stranger(Plain):
+    """As if another program had drawn."""
+
+    name = "toy_stranger"
+    tells_own_logps = False
 
 
 class Met:
@@ -191,6 +213,40 @@ def test_the_reward_rises_and_everything_drawn_is_kept_as_a_table(tiny_model, tm
     first = [row["score"] for row in table if row["step"] == 0]
     assert sum(first) / len(first) == pytest.approx(rewards[0])
     assert not (result.folder / "journal").exists()
+
+
+def test_samples_used_once_are_as_likely_as_the_sampler_says(tiny_model, tmp_path, found):
+    """No pass of the policy tells it again: the numbers are those of the pass up to rounding."""
+    told = run(tiny_model, tmp_path / "told", found, algorithm={"name": "toy_measured"}, run={"steps": 1})
+    asked = {"lr": 2e-2, "batch_size": 8, "schedule": "constant", "warmup": 0.0, "forward": "plain"}
+    plain = run(
+        tiny_model, tmp_path / "plain", found, algorithm={"name": "toy_measured"}, run={"steps": 1}, optim=asked
+    )
+    (old, sampled), (scored, same) = Reinforce.kept
+    assert torch.equal(sampled, same)
+    assert torch.equal(old, sampled)
+    assert not torch.equal(scored, sampled)
+    torch.testing.assert_close(scored, old, atol=1e-5, rtol=0)
+    forward = [result.budget["forward"] for result in (told, plain)]
+    assert forward[0] == 0 < forward[1]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"algorithm": {"name": "toy_measured", "minibatches": 2}},
+        {"algorithm": {"name": "toy_measured", "opponent": True}, "reference": {"mode": "resident"}},
+        {"optim": {"batch_size": 8, "precision": "bfloat16"}},
+        {"sampler": {"name": "toy_stranger", "max_new_tokens": 6}},
+    ],
+    ids=["several updates", "samples of another model", "bfloat16", "another program's samples"],
+)
+def test_where_the_sampler_cannot_know_a_pass_of_the_policy_tells(tiny_model, tmp_path, found, change):
+    sections = {"algorithm": {"name": "toy_measured"}, "run": {"steps": 1}, **change}
+    result = run(tiny_model, tmp_path / "run", found, **sections)
+    assert result.budget["forward"] > 0
+    old, sampled = Reinforce.kept[0]
+    assert not torch.equal(old, sampled)
 
 
 def test_the_first_minibatch_has_ratio_one_and_later_ones_do_not(tiny_model, tmp_path, found):

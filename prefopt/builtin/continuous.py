@@ -42,6 +42,7 @@ class Continuous(Sampler):
     """
 
     name = "continuous"
+    tells_own_logps = True
 
     temperature: PositiveFloat = 1.0
     """Divides the logits."""

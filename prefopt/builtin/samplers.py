@@ -53,6 +53,7 @@ class Plain(Sampler):
     """
 
     name = "plain"
+    tells_own_logps = True
 
     temperature: PositiveFloat = 1.0
     """Divides the logits."""

@@ -10,7 +10,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from prefopt.components import Algorithm
+from prefopt.components import Algorithm, RolloutAlgorithm, Sampler
+from prefopt.config import OptimConfig
 from prefopt.data.assemble import Assembled
 from prefopt.engine.forward import paths_of, run
 from prefopt.engine.layout import members, units
@@ -41,6 +42,8 @@ class Forwarder:
     meter: Meter = field(default_factory=Meter)
     temperature: float = 1.0
     noise: Noise | None = None
+    told: bool = False
+    """Whether samples come with the log-probabilities that this would give them."""
 
     def plan(self, built: Assembled) -> list[Micro]:
         """This rank's microbatches."""
@@ -77,6 +80,15 @@ def _place(out: dict[str, Tensor], found: dict[str, Tensor], index: Sequence[int
             out[name][rows, : x.shape[1]] = x.cpu()
 
 
+def told(algorithm: Algorithm, sampler: Sampler, optim: OptimConfig) -> bool:
+    """Whether what `sampler` says of its draws stands in for `old_logps`: samples of the policy, used for one update
+    only, in the precision it is trained in. No ratio is made of them, for it is 1."""
+    once = isinstance(algorithm, RolloutAlgorithm) and algorithm.on_policy
+    its_own = all(draw.source == "policy" and not draw.greedy for draw in algorithm.needs().draws)
+    same = sampler.tells_own_logps and optim.precision == "float32"
+    return once and its_own and same and optim.forward == "fast"
+
+
 def fill(built: Assembled, algorithm: Algorithm, forwarder: Forwarder, reference: Reference | None) -> Assembled:
     """The step with the columns that `needs().before` asks for, of the roles it asks for; 0 elsewhere."""
     columns: dict[str, Tensor] = {}
@@ -95,6 +107,8 @@ def _column(name: str, part: Assembled, forwarder: Forwarder, reference: Referen
     if name == "reference_logps":
         assert reference is not None, "the session gives every algorithm that needs it a reference"
         return _reference_logps(part, forwarder, reference)
+    if name == "old_logps" and forwarder.told and bool((part.batch.sampled_logps != 0).any(1).all()):
+        return part.batch.sampled_logps
     output = {"old_logps": "logps", "old_values": "values"}[name]
     return forwarder.whole(part, (output,))[output]
 
