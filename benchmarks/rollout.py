@@ -8,7 +8,8 @@ alternate, each in a process of its own. *uneven*: an untrained model hardly eve
 to the end's logit on both sides that makes MEAN tokens the mean length, a geometric distribution cut at LONGEST.
 *equal*: no completion ends before EQUAL tokens. What counts are tokens of completions, with their end, without padding,
 by the clock and by the processor time of the process, which a busy machine disturbs less. With `--vllm` the
-other side is its CPU build, which continues the same prompts to the lengths that ours had drawn; OUT keeps the rest.
+other side is its CPU build, which continues the same prompts to the lengths that ours had drawn, once with the
+log-probability of each token, as TRL calls it and as ours always has them, and once without; OUT keeps the rest.
 """
 
 from __future__ import annotations
@@ -155,19 +156,24 @@ def against_generate(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
 
 
 def compare_vllm(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """The same against vLLM, which gets both kinds in one process, for it takes a minute to start."""
-    found: dict[str, dict[str, list[dict[str, Any]]]] = {kind: {"prefopt": [], "vllm": []} for kind in KINDS}
+    """The same against vLLM, which gets all kinds in one process, for it takes a minute to start."""
+    kinds = [(kind, logps) for kind in KINDS for logps in (True, False)]
+    found: dict[str, dict[str, list[dict[str, Any]]]] = {_name(*kind): {"prefopt": [], "vllm": []} for kind in kinds}
     for _ in range(options.blocks):
-        mine = [block(options, "prefopt", kind) for kind in KINDS]
+        mine = {kind: block(options, "prefopt", kind) for kind in KINDS}
         with tempfile.TemporaryDirectory() as folder:
             jobs = Path(folder) / "jobs.json"
-            jobs.write_text(json.dumps([one["drawn"] for one in mine]))
+            jobs.write_text(json.dumps([{**mine[kind]["drawn"], "logps": logps} for kind, logps in kinds]))
             script = Path(__file__).with_name("rollout_vllm.py")
             theirs = told(options, [str(options.vllm), str(script), str(options.workload / "model"), str(jobs)])
-        for kind, *both in zip(KINDS, mine, theirs, strict=True):
-            for side, one in zip(("prefopt", "vllm"), both, strict=True):
-                keep(found[kind], side, kind, one)
+        for (kind, logps), other in zip(kinds, theirs, strict=True):
+            for side, one in (("prefopt", mine[kind]), ("vllm", other)):
+                keep(found[_name(kind, logps)], side, _name(kind, logps), one)
     return {kind: compared(blocks) for kind, blocks in found.items()}
+
+
+def _name(kind: str, logps: bool) -> str:
+    return kind if logps else f"{kind}, without log-probabilities"
 
 
 def keep(blocks: dict[str, list[dict[str, Any]]], side: str, kind: str, found: dict[str, Any]) -> None:

@@ -2,8 +2,9 @@
 
     python rollout_vllm.py MODEL JOBS.json
 
-JOBS.json has lists of prompts, as token ids, and how many tokens each is to be continued by. One line of JSON for each
-job says what it took: eager, float32, without log-probabilities, prompts that occur several times shared by its cache.
+JOBS.json has lists of prompts, as token ids, how many tokens each is to be continued by, and whether log-probabilities
+of what was drawn are wanted. One line of JSON for each job says what it took: eager, float32, prompts that occur
+several times shared by its cache.
 """
 
 import json
@@ -25,9 +26,8 @@ def main() -> None:
     llm = LLM(model=model, dtype="float32", enforce_eager=True, max_model_len=longest + 1, disable_log_stats=True)
     for job in jobs:
         prompts = [{"prompt_token_ids": prompt} for prompt in job["prompts"]]
-        params = [
-            SamplingParams(temperature=1.0, max_tokens=n, ignore_eos=True, detokenize=False) for n in job["lengths"]
-        ]
+        usual = {"temperature": 1.0, "ignore_eos": True, "detokenize": False, "logprobs": 0 if job["logps"] else None}
+        params = [SamplingParams(max_tokens=n, **usual) for n in job["lengths"]]
         llm.generate(prompts[:2], [SamplingParams(max_tokens=2)] * 2, use_tqdm=False)
         llm.reset_prefix_cache()
         began, busy = time.perf_counter(), time.process_time()
@@ -35,6 +35,7 @@ def main() -> None:
         found = {"seconds": time.perf_counter() - began, "cpu_seconds": time.process_time() - busy}
         tokens = [len(output.outputs[0].token_ids) for output in outputs]
         assert tokens == job["lengths"]
+        assert all((output.outputs[0].logprobs is not None) == job["logps"] for output in outputs)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         print(json.dumps({**found, "tokens": sum(tokens), "longest": max(tokens), "peak_mb": peak}), flush=True)
 

@@ -5,13 +5,13 @@
 WORKLOAD is made by `workload.py`, PEER_PYTHON is the interpreter of the environment made by `make_venv.sh`. TRL runs
 in its default layout (the whole step in one forward pass) and at its best: the fastest of several numbers of rows at a
 time (of those that it accepts) with precomputed reference and fused AdamW. Seconds are medians over all steps of all
-blocks; the reference pass of one epoch is spread over its steps, on both sides. How many times longer the other takes
-is the median over the blocks, in each of which both sides run within minutes of each other. OUT keeps what it has of
-other methods.
+blocks; where the reference is scored before training, its pass over the rows of a block is timed before the block, with
+what each side does it with. How many times longer the other takes is the median over the blocks, in each of which both
+sides run within minutes of each other. OUT keeps what it has of other methods.
 
 A step of grpo and rloo draws 8 completions of 64 tokens for each of 4 prompts, scores them and makes one update. What
-our side draws is given to the other for the comparison of losses and gradients, and both get a random model for the
-reference, so that KL counts from the first step on; in the blocks each draws for itself.
+our side draws is given to the other for the comparison of losses and gradients, and where KL costs something both get a
+random model for the reference, so that it counts from the first step on; in the blocks each draws for itself.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
-from statistics import fmean, median, quantiles
+from statistics import fmean, median, quantiles, stdev
 from typing import Any
 
 from worker import BETA, PROMPTS, SAMPLES, TOKENS
@@ -49,6 +49,7 @@ class Side:
     name: str
     command: list[str]
     seconds: list[float] = field(default_factory=list)
+    references: list[float] = field(default_factory=list)
     blocks: list[float] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
     roofs: list[float] = field(default_factory=list)
@@ -74,26 +75,28 @@ class Side:
         raise SystemExit(f"{self.name} ended without an answer: {' '.join(self.command)}")
 
     def train(self, steps: int, count: bool = True) -> list[float]:
-        """Trains a block; returns its seconds."""
+        """Trains a block; returns the seconds of its steps, their share of the reference's pass included."""
         self.process.stdin.write(f"steps {steps}\n")
         self.process.stdin.flush()
         found = self._answer()
         self.losses += found["losses"]
+        whole = [seconds + found["reference_seconds"] for seconds in found["seconds"]]
         if count:
             self.seconds += found["seconds"]
-            self.blocks.append(median(found["seconds"]))
+            self.references.append(found["reference_seconds"])
+            self.blocks.append(median(whole))
             self.roofs.append(found["roof"])
-        return found["seconds"]  # type: ignore[no-any-return]
+        return whole
 
     def summary(self) -> dict[str, Any]:
         low, _, high = quantiles(self.seconds, n=4)
-        reference = self.ready["reference_seconds"]
         return {
             "step_seconds": median(self.seconds),
             "quartiles": [low, high],
-            "reference_seconds": reference,
-            "seconds": median(self.seconds) + reference,
-            "blocks": [seconds + reference for seconds in self.blocks],
+            "reference_seconds": median(self.references),
+            "seconds": median(self.blocks),
+            "blocks": self.blocks,
+            "roofs": self.roofs,
             "peak_mb": self.peak_mb,
             "roof_gflops": median(self.roofs),
         }
@@ -118,7 +121,7 @@ def usual(method: str) -> Sequence[int]:
     return MICRO_ONLINE if method in BETA else MICRO
 
 
-def same_draws(workload: Path, folder: Path) -> tuple[list[str], list[str]]:
+def same_draws(workload: Path, method: str, folder: Path) -> tuple[list[str], list[str]]:
     """What makes both sides learn from the same draws and the same reference, a random model other than the policy.
 
     The seed is one with which no padding token is drawn: where one is, the losses of the two sides differ by 1e-4.
@@ -129,15 +132,17 @@ def same_draws(workload: Path, folder: Path) -> tuple[list[str], list[str]]:
     other = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(workload / "model"))
     for part in (other, AutoTokenizer.from_pretrained(workload / "model")):
         part.save_pretrained(folder / "reference")
-    mine = ["run.seed=1", f"run.dir={folder}/run", f"reference.path={folder}/reference"]
+    mine = ["run.seed=1", f"run.dir={folder}/run"]
+    if BETA[method]:
+        mine.append(f"reference.path={folder}/reference")
     return mine, [f"recorded={folder}/run/journal", f"reference={folder}/reference"]
 
 
-def spread(journal: Path) -> float:
-    """How far scores lie from the mean of their group: the size of the terms of RLOO's loss, which add up to 0."""
+def spread(journal: Path, scaled: bool) -> float:
+    """How far scores lie from the mean of their group: the size of the terms of the loss, which add up to 0."""
     groups = [g for path in journal.glob("*.json") for g in json.loads(path.read_text("utf-8"))["rollouts"]]
     scores = [[c["score"] for c in group["completions"]] for group in groups]
-    return fmean(abs(x - fmean(own)) for own in scores for x in own)
+    return fmean(abs(x - fmean(own)) / (stdev(own) or 1 if scaled else 1) for own in scores for x in own)
 
 
 def equality(python: str, workload: Path, method: str) -> dict[str, float]:
@@ -147,7 +152,7 @@ def equality(python: str, workload: Path, method: str) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         files = [folder / name for name in ("ours.safetensors", "theirs.safetensors")]
-        mine, theirs = same_draws(workload, folder) if method in BETA else ([], [])
+        mine, theirs = same_draws(workload, method, folder) if method in BETA else ([], [])
         sides = [
             ours(workload, method, 2, str(files[0]), *mine),
             peer(python, workload, method, 2, whole(method), str(files[1]), *theirs),
@@ -156,7 +161,7 @@ def equality(python: str, workload: Path, method: str) -> dict[str, float]:
             with side:
                 side.train(2)
         a, b = map(load_file, files)
-        unit = spread(folder / "run" / "journal") if method == "rloo" else 0.0
+        unit = spread(folder / "run" / "journal", method == "grpo") if method in BETA else 0.0
     names = sorted(a.keys() & b.keys())
     off = sum(float((a[n] - b[n]).double().square().sum()) for n in names) ** 0.5
     size = sum(float(b[n].double().square().sum()) for n in names) ** 0.5
@@ -181,12 +186,13 @@ def tried(python: str, workload: Path, method: str, rows: Sequence[int]) -> dict
 def needed_gflop(workload: Path, method: str, steps: Sequence[int]) -> float:
     """Mean useful work of a step: each token of a pair's row once, scored positions through the head, forward and
     backward, no recomputation; attention by visible pairs of places. KTO's mismatched replies go forward only; samples
-    go forward twice more, to be drawn and to be scored by the reference."""
+    go forward once more to be drawn, and once to be scored by the reference where KL costs something."""
     from transformers import AutoConfig, AutoTokenizer
 
     config = AutoConfig.from_pretrained(workload / "model")
     reader = AutoTokenizer.from_pretrained(workload / "model")
-    rows = [json.loads(line) for line in (workload / "pairs.jsonl").read_text("utf-8").splitlines()]
+    file = workload / ("prompts.jsonl" if method in BETA else "pairs.jsonl")
+    rows = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
     layer = 4 * config.hidden_size**2 + 3 * config.hidden_size * config.intermediate_size
     body, head = config.num_hidden_layers * layer, config.hidden_size * config.vocab_size
     width = config.num_hidden_layers * config.hidden_size
@@ -199,7 +205,7 @@ def needed_gflop(workload: Path, method: str, steps: Sequence[int]) -> float:
         row = rows[i]
         prompt = len(reader(row["prompt"])["input_ids"])
         if method in BETA:
-            return 5 * flop(prompt, [TOKENS] * SAMPLES, TOKENS * SAMPLES)
+            return (5 if BETA[method] else 4) * flop(prompt, [TOKENS] * SAMPLES, TOKENS * SAMPLES)
         sizes = {s: len(reader(row["prompt"] + row[s])["input_ids"]) + 1 - prompt for s in ("chosen", "rejected")}
         both = list(sizes.values())
         if method == "kto":

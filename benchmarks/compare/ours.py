@@ -15,14 +15,17 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from worker import BETA, PROMPTS, SAMPLES, TOKENS, Steps, answer, orders, peak_mb, resident_mb, roof, versions
+from worker import BETA, PROMPTS, SAMPLES, TOKENS, Steps, answer, orders, peak_mb, resident_mb, roof, rows_of, versions
 
 from prefopt import session
 from prefopt.config import load_run
+from prefopt.engine.columns import asked
 from prefopt.engine.folder import RunFolder
 from prefopt.engine.loop import Loop
 from prefopt.engine.models import Model
 from prefopt.engine.ranks import Ranks
+from prefopt.engine.reference import Cached, Resident
+from prefopt.engine.store import Store
 from prefopt.plugins import load
 
 CONFIG = """
@@ -50,36 +53,50 @@ class InOrder:
         return list(range(step * self.size, (step + 1) * self.size))
 
 
-def build(workload: Path, method: str, steps: int, folder: Path, overrides: list[str]) -> tuple[Loop, float]:
-    """A loop over the pairs in order, and the seconds its reference pass took."""
+def build(workload: Path, method: str, steps: int, folder: Path, overrides: list[str]) -> Loop:
+    """A loop over the pairs in order."""
     plugins = load()
     plugins.manager.unregister(name="prefopt:progress")
     (folder / "run.yaml").write_text(written(workload, method, steps, folder))
     config = load_run(folder / "run.yaml", plugins.find, overrides)
     run = session.Session(config, plugins, Ranks("cpu", 2), RunFolder(Path(config.run.dir)), print)
     run.folder.create()
-    seconds = [0.0]
     fill = run._fill
 
-    def timed(reference, loop, evaluator):  # type: ignore[no-untyped-def]
+    def in_order(reference, loop, evaluator):  # type: ignore[no-untyped-def]
         loop.order = InOrder(config.optim.batch_size, steps)
-        began = time.perf_counter()
         fill(reference, loop, evaluator)
-        seconds[0] = time.perf_counter() - began
 
-    run._fill = timed  # type: ignore[method-assign]
+    run._fill = in_order  # type: ignore[method-assign]
     loop, _ = run.assemble()
     loop.order = InOrder(config.optim.batch_size, steps)  # type: ignore[assignment]
     if loop.collector is not None:
         loop.collector.order = loop.order
         Model.end_ids = frozenset()  # type: ignore[assignment,method-assign]  # an end that never comes
-    return loop, seconds[0]
+    return loop
+
+
+def reference_pass(loop: Loop, steps: range) -> float:
+    """Seconds a step that the reference takes over their rows when none of them is kept; the policy stands in for it,
+    whose weights are as many."""
+    if not isinstance(loop.reference, Cached):
+        return 0.0
+    forwarder = loop.forwarder
+    own = Resident(loop.scorer, forwarder.ranks.device, forwarder.budget, frozen=True)
+    with tempfile.TemporaryDirectory() as folder:
+        empty = Cached(own, Store(Path(folder) / "reference.sqlite"))
+        began = time.perf_counter()
+        for step in steps:
+            built = loop.assembler(loop.order.step(step))
+            part = built.select(asked(built, loop.algorithm, "reference_logps"))
+            empty.share(part.tokens, part.groups, forwarder.ranks)
+        return (time.perf_counter() - began) / len(steps)
 
 
 def written(workload: Path, method: str, steps: int, folder: Path) -> str:
     """The configuration of a run."""
     settings = {"workload": workload, "method": method, "folder": folder, "steps": steps}
-    settings["rows"] = "judgements" if method == "kto" else "pairs"
+    settings["rows"] = rows_of(method)
     settings["rows_a_step"] = PROMPTS if method in BETA else 8
     settings["settings"] = ", nll: sequence" if method == "orpo" else ""  # TRL's dialect
     if method in BETA:
@@ -93,15 +110,15 @@ def main() -> None:
     rest = sys.argv[4:]
     gradients = next((Path(a) for a in rest if "=" not in a), None)
     folder = Path(tempfile.mkdtemp())
-    loop, reference = build(workload, method, total, folder, [a for a in rest if "=" in a])
+    loop = build(workload, method, total, folder, [a for a in rest if "=" in a])
     if gradients is not None:
         step = loop.optimizer.step
         loop.optimizer.step = lambda rate: (_keep(loop, gradients), step(rate))  # type: ignore[assignment,func-returns-value]
     done = 0
     memory = {"resident_mb": resident_mb(), "torch": torch.__version__}
-    answer(ready=True, reference_seconds=reference / total, versions=versions(), **memory)
+    answer(ready=True, versions=versions(), **memory)
     for count in orders():
-        speed, steps = roof(), Steps()
+        speed, steps = roof(), Steps(reference_pass(loop, range(done, done + count)))
         for _ in range(count):
             began = time.perf_counter()
             metrics = loop.step(done)

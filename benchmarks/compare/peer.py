@@ -12,6 +12,7 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,16 +22,38 @@ from datasets import Dataset
 from peer_online import online, replay
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
-from worker import BETA, PROMPTS, SAMPLES, Steps, answer, orders, peak_mb, roof, versions
+from worker import BETA, PROMPTS, SAMPLES, Steps, answer, orders, peak_mb, roof, rows_of, versions
 
 BATCH, MAX_LENGTH = 8, 2048
+
+
+class ReferencePass:
+    """TRL's own pass of the reference, again over the rows of some steps. Wraps what a trainer calls when made."""
+
+    def __init__(self, compute: Callable[..., Any]) -> None:
+        self.compute = compute
+
+    def first(self, trainer: Any, data: Dataset, name: str, rows: int) -> Dataset:
+        """The trainer's, over all rows."""
+        self.trainer, self.data, self.rows = trainer, data, rows
+        return self.compute(trainer, data, name, rows)
+
+    def seconds(self, steps: range) -> float:
+        """For each of these steps; nothing where the reference goes over its rows in the step itself."""
+        if not hasattr(self, "trainer"):
+            return 0.0
+        part = self.data.select(range(BATCH * steps.start, BATCH * steps.stop))
+        began = time.perf_counter()
+        self.compute(self.trainer, part, f"steps from {steps.start}", self.rows)
+        return (time.perf_counter() - began) / len(steps)
 
 
 class Blocks(TrainerCallback):  # type: ignore[misc]
     """Waits before each block for the order to train it, and answers after it."""
 
-    def __init__(self, gradients: Path | None) -> None:
+    def __init__(self, gradients: Path | None, reference: ReferencePass | None) -> None:
         self.gradients, self.waiting, self.left, self.steps = gradients, orders(), 0, Steps()
+        self.reference = reference
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.left == 0:
@@ -40,6 +63,9 @@ class Blocks(TrainerCallback):  # type: ignore[misc]
             if self.left == 0:
                 answer(peak_mb=peak_mb())
                 os._exit(0)
+            if self.reference is not None:
+                done = state.global_step
+                self.steps.reference_seconds = self.reference.seconds(range(done, done + self.left))
         self.began = time.perf_counter()
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
@@ -62,11 +88,9 @@ class Blocks(TrainerCallback):  # type: ignore[misc]
 
 def rows(workload: Path, method: str, count: int) -> Dataset:
     """The first pairs, in order, as the trainer of the method wants them."""
-    name = "judgements" if method == "kto" else "pairs"
+    name = rows_of(method)
     lines = (workload / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()[:count]
     found = [json.loads(line) for line in lines]
-    if method in BETA:
-        found = [{"prompt": row["prompt"]} for row in found]
     if method == "sft":
         found = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in found]
     return Dataset.from_list(found)
@@ -135,24 +159,17 @@ def main() -> None:
     workload, method, steps, micro = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
     gradients = next((Path(a) for a in sys.argv[5:] if a != "best" and "=" not in a), None)
     given = dict(a.split("=", 1) for a in sys.argv[5:] if "=" in a)
-    reference = [0.0]
+    reference = None
     if method in ("dpo", "kto"):
         import trl
 
         owner = trl.DPOTrainer if method == "dpo" else trl.KTOTrainer
-        compute = owner._precompute_ref_logps
-
-        def timed(self: Any, *args: Any, **kwargs: Any) -> Any:
-            began = time.perf_counter()
-            found = compute(self, *args, **kwargs)
-            reference[0] += time.perf_counter() - began
-            return found
-
-        owner._precompute_ref_logps = timed
-    run = trainer(workload, method, steps, micro, "best" in sys.argv[5:], Blocks(gradients))
+        reference = ReferencePass(owner._precompute_ref_logps)
+        owner._precompute_ref_logps = lambda *args: reference.first(*args)
+    run = trainer(workload, method, steps, micro, "best" in sys.argv[5:], Blocks(gradients, reference))
     if given:
         replay(run, method, Path(given["recorded"]), Path(given["reference"]))
-    answer(ready=True, reference_seconds=reference[0] / steps, versions=versions())
+    answer(ready=True, versions=versions())
     run.train()
     answer(peak_mb=peak_mb())
 

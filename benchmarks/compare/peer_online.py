@@ -16,13 +16,10 @@ from reward import letters
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from worker import BETA, SAMPLES, TOKENS
 
-PUBLISHED = {"loss_type": "grpo", "scale_rewards": "group", "use_bias_correction_kl": False}
-"""GRPO as published. TRL's own default is another loss, `dapo`, and multiplies the KL term by the ratio, which changes
-its gradient at once."""
-
 
 def online(path: Path, method: str, common: dict[str, Any], data: Dataset, callback: Any) -> Any:
-    """GRPO as published, or RLOO as TRL has it; an update for each draw."""
+    """GRPO or RLOO with TRL's own defaults; an update for each draw. Where completions are of one length and KL costs
+    nothing, its default loss, `dapo`, is the published one."""
     import trl
 
     make, config = (trl.GRPOTrainer, trl.GRPOConfig) if method == "grpo" else (trl.RLOOTrainer, trl.RLOOConfig)
@@ -34,7 +31,6 @@ def online(path: Path, method: str, common: dict[str, Any], data: Dataset, callb
         "beta": BETA[method],
         "shuffle_dataset": False,
         "generation_kwargs": {"eos_token_id": never},
-        **(PUBLISHED if method == "grpo" else {}),
     }
     reader = AutoTokenizer.from_pretrained(path)
     args = config(**common, **settings)
@@ -48,8 +44,9 @@ def reward(prompts: list[str], completions: list[str], **others: Any) -> list[fl
 
 
 def replay(run: Any, method: str, journal: Path, reference: Path) -> None:
-    """The steps of `journal` instead of draws, and a reference other than the policy."""
-    run.ref_model.load_state_dict(AutoModelForCausalLM.from_pretrained(reference, dtype=torch.float32).state_dict())
+    """The steps of `journal` instead of draws, and a reference, if one is needed, other than the policy."""
+    if run.ref_model is not None:
+        run.ref_model.load_state_dict(AutoModelForCausalLM.from_pretrained(reference, dtype=torch.float32).state_dict())
     steps = recorded(journal)
 
     def draw(*args: Any, **kwargs: Any) -> Any:

@@ -1,7 +1,8 @@
 """What both sides of the comparison share: a process that trains some steps when told to, and says how it went.
 
 Lines on standard input are `steps N`; each is answered by one line of JSON: seconds, losses and gradient norms of the
-steps, and the speed of a matrix product measured just before. The end of input ends the process with its peak memory.
+steps, what the reference took, and the speed of a matrix product measured just before. The end of input ends the
+process with its peak memory.
 """
 
 from __future__ import annotations
@@ -18,14 +19,16 @@ import torch
 
 PROMPTS, SAMPLES, TOKENS = 4, 8, 64
 """A step of a method that samples: no completion ends before its last token."""
-BETA = {"grpo": 0.04, "rloo": 0.05}
-"""Methods that sample, and the price of a nat of KL divergence: what prefopt takes unless told otherwise."""
+BETA = {"grpo": 0.0, "rloo": 0.05}
+"""Methods that sample, and the price of a nat of KL divergence: what TRL takes unless told otherwise."""
 
 
 @dataclass
 class Steps:
-    """The steps of one answer."""
+    """The steps of one answer. Before them, the reference goes over their rows once, where it does not in the steps:
+    `reference_seconds` for each of them."""
 
+    reference_seconds: float = 0.0
     seconds: list[float] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
     norms: list[float] = field(default_factory=list)
@@ -41,6 +44,11 @@ def answer(**found: object) -> None:
     """One line of JSON on the real standard output."""
     sys.__stdout__.write(json.dumps(found) + "\n")
     sys.__stdout__.flush()
+
+
+def rows_of(method: str) -> str:
+    """The file of the workload that a method reads, without its suffix."""
+    return "prompts" if method in BETA else "judgements" if method == "kto" else "pairs"
 
 
 def versions() -> dict[str, str]:

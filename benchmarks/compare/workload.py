@@ -23,6 +23,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassifi
 
 MARK = "\n\nAssistant:"
 MAX_LENGTH = 512
+PROMPT = 256
+"""The longest prompt that methods which sample are given."""
 SHAPE = {"hidden_size": 512, "intermediate_size": 1344, "num_hidden_layers": 8, "num_attention_heads": 8}
 
 
@@ -55,7 +57,8 @@ def judgement(i: int, row: dict[str, str]) -> str:
 
 
 def build(out: Path, vocabulary: int = 32_000) -> None:
-    """Writes `pairs.jsonl`, `judgements.jsonl` (one side of each pair in turn), `model/` and `classifier/`."""
+    """Writes `pairs.jsonl`, `judgements.jsonl` (one side of each pair in turn), `prompts.jsonl` (the short ones),
+    `model/` and `classifier/`."""
     source = Path(os.environ.get("PREFOPT_DATA", "../shared")) / "data/hh-rlhf/harmless-base/test.jsonl.gz"
     rows = list(pairs(source))
     reader = tokenizer(rows)
@@ -68,6 +71,8 @@ def build(out: Path, vocabulary: int = 32_000) -> None:
     out.mkdir(parents=True, exist_ok=True)
     (out / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
     (out / "judgements.jsonl").write_text("".join(map(judgement, range(len(kept)), kept)), encoding="utf-8")
+    prompts = [{"prompt": row["prompt"]} for row in kept if len(reader(row["prompt"])["input_ids"]) <= PROMPT]
+    (out / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts), encoding="utf-8")
     torch.manual_seed(0)
     special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     config = LlamaConfig(
