@@ -160,6 +160,7 @@ def compare_vllm(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     kinds = [(kind, logps) for kind in KINDS for logps in (True, False)]
     found: dict[str, dict[str, list[dict[str, Any]]]] = {_name(*kind): {"prefopt": [], "vllm": []} for kind in kinds}
     for _ in range(options.blocks):
+        kinds.reverse()
         mine = {kind: block(options, "prefopt", kind) for kind in KINDS}
         with tempfile.TemporaryDirectory() as folder:
             jobs = Path(folder) / "jobs.json"

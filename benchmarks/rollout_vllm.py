@@ -23,12 +23,17 @@ from vllm import LLM, SamplingParams
 def main() -> None:
     model, jobs = sys.argv[1], json.loads(Path(sys.argv[2]).read_text())
     longest = max(len(p) + n for job in jobs for p, n in zip(job["prompts"], job["lengths"], strict=True))
-    llm = LLM(model=model, dtype="float32", enforce_eager=True, max_model_len=longest + 1, disable_log_stats=True)
+    engine = {
+        "dtype": "float32",
+        "enforce_eager": True,
+        "logprobs_mode": "processed_logprobs",
+    }  # the last as TRL has it
+    llm = LLM(model=model, max_model_len=longest + 1, disable_log_stats=True, **engine)
     for job in jobs:
         prompts = [{"prompt_token_ids": prompt} for prompt in job["prompts"]]
         usual = {"temperature": 1.0, "ignore_eos": True, "detokenize": False, "logprobs": 0 if job["logps"] else None}
         params = [SamplingParams(max_tokens=n, **usual) for n in job["lengths"]]
-        llm.generate(prompts[:2], [SamplingParams(max_tokens=2)] * 2, use_tqdm=False)
+        llm.generate(prompts, [SamplingParams(max_tokens=2, **usual)] * len(prompts), use_tqdm=False)  # compiles, too
         llm.reset_prefix_cache()
         began, busy = time.perf_counter(), time.process_time()
         outputs = llm.generate(prompts, params, use_tqdm=False)

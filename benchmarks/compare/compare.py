@@ -4,7 +4,7 @@
 
 WORKLOAD is made by `workload.py`, PEER_PYTHON is the interpreter of the environment made by `make_venv.sh`. TRL runs
 in its default layout (the whole step in one forward pass) and at its best: the fastest of several numbers of rows at a
-time (of those that it accepts) with precomputed reference and fused AdamW. Seconds are medians over all steps of all
+time (of those that it accepts) with precomputed reference and fused AdamW. Seconds are medians over the
 blocks; where the reference is scored before training, its pass over the rows of a block is timed before the block, with
 what each side does it with. How many times longer the other takes is the median over the blocks, in each of which both
 sides run within minutes of each other. OUT keeps what it has of other methods.

@@ -35,7 +35,7 @@ RUNGS: dict[str, Paths] = {
 
 def rung(workload: Path, folder: Path, paths: Paths, in_place: bool) -> Loop:
     folder.mkdir()
-    loop, _ = build(workload, "dpo", STEPS, folder, ["optim.forward=plain"])
+    loop = build(workload, "dpo", STEPS, folder, ["optim.forward=plain"])
     loop.scorer.paths = paths
     if paths.layout == "shared":
         loop.scorer.paths = replace(paths, reach=probe(loop.scorer, print).reach)
