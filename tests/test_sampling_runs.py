@@ -7,6 +7,7 @@ import math
 import threading
 from collections.abc import Callable
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -94,6 +95,18 @@ class Measured(Reinforce):
         return super().prepare(batch, ctx)
 
 
+class Edited(Measured):
+    """Says the last token of a sample twice."""
+
+    name = "toy_edited"
+
+    def arrange(self, rows):
+        return [
+            replace(s, completion=replace(s.completion, ids=(*s.completion.ids, s.completion.ids[-1])))
+            for s in super().arrange(rows)
+        ]
+
+
 class Digits(RewardSource):
     """The share of the letter `1`; rows in `broken` cannot be scored, and every call is counted."""
 
@@ -117,7 +130,7 @@ class Digits(RewardSource):
 def found() -> Plugins:
     plugins = load()
     plugins.manager.unregister(name="prefopt:progress")
-    for component in (Reinforce, Picky, Greedy, Measured, Digits, Held, Stranger):
+    for component in (Reinforce, Picky, Greedy, Measured, Edited, Digits, Held, Stranger):
         plugins.registry.add(component, "test", "0")
     for log in (Reinforce.seen, Reinforce.kept, Digits.calls, Held.seen):
         log.clear()
@@ -236,10 +249,17 @@ def test_samples_used_once_are_as_likely_as_the_sampler_says(tiny_model, tmp_pat
     [
         {"algorithm": {"name": "toy_measured", "minibatches": 2}},
         {"algorithm": {"name": "toy_measured", "opponent": True}, "reference": {"mode": "resident"}},
+        {"algorithm": {"name": "toy_edited"}},
         {"optim": {"batch_size": 8, "precision": "bfloat16"}},
         {"sampler": {"name": "toy_stranger", "max_new_tokens": 6}},
     ],
-    ids=["several updates", "samples of another model", "bfloat16", "another program's samples"],
+    ids=[
+        "several updates",
+        "samples of another model",
+        "samples that were edited",
+        "bfloat16",
+        "another program's samples",
+    ],
 )
 def test_where_the_sampler_cannot_know_a_pass_of_the_policy_tells(tiny_model, tmp_path, found, change):
     sections = {"algorithm": {"name": "toy_measured"}, "run": {"steps": 1}, **change}

@@ -154,10 +154,11 @@ class Assembler:
 
 
 def _side_by_side(numbers: List[List[float]], tokens: List[Tokens]) -> Tensor:
-    """[N, T], 0 behind each. A sequence that nobody drew has none."""
+    """[N, T], 0 behind each. A sequence that nobody drew, or that is not what was drawn, has none."""
     out = torch.zeros(len(tokens), max(len(t.completion) for t in tokens))
-    for row, own in zip(out, numbers, strict=True):
-        row[: len(own)] = torch.tensor(own)
+    for row, own, whole in zip(out, numbers, tokens, strict=True):
+        if len(own) == len(whole.completion):
+            row[: len(own)] = torch.tensor(own)
     return out
 
 

@@ -23,7 +23,8 @@ WORTH = 0.5
 @dataclass(frozen=True, slots=True)
 class Tree:
     """A row: its first `start` tokens see what stands before them, those of a branch the beginning and what stands
-    before them in their branch. Each branch ends where the next begins, at one of `stops`; the last is the end."""
+    before them in their branch. Each branch ends where the next begins, at one of `stops`; the last is the row's end.
+    A row may have none."""
 
     start: int
     stops: tuple[int, ...]
@@ -32,10 +33,10 @@ class Tree:
     def of(cls, visible: Tensor) -> Tree | None:
         """The tree that a mask [T, T] describes, true where a token may look; None where it is another mask."""
         tokens = len(visible)
-        last = (visible.long() * torch.arange(tokens)[:, None]).amax(0)  # who is the last to see a token
-        turns = (last.diff() != 0).nonzero().squeeze(1).add(1).tolist()
-        found = cls(turns[0], (*turns[1:], tokens)) if turns and last[0] == tokens - 1 else None
-        return found if found is not None and torch.equal(found.mask, visible) else None
+        first = visible.flip(0).to(torch.uint8).argmax(0)  # who is the first to see a token, from the end
+        start, *turns = [*(first.diff() != 0).nonzero().squeeze(1).add(1).tolist(), tokens]
+        found = cls(start, tuple(turns) or (tokens,))
+        return found if torch.equal(found.mask, visible) else None
 
     @property
     def branches(self) -> list[slice]:

@@ -19,6 +19,7 @@ from prefopt.engine.noise import Noise
 from prefopt.engine.plan import Micro, plan
 from prefopt.engine.ranks import Ranks
 from prefopt.engine.reference import Reference
+from prefopt.rows import Role
 
 
 @dataclass
@@ -107,10 +108,16 @@ def _column(name: str, part: Assembled, forwarder: Forwarder, reference: Referen
     if name == "reference_logps":
         assert reference is not None, "the session gives every algorithm that needs it a reference"
         return _reference_logps(part, forwarder, reference)
-    if name == "old_logps" and forwarder.told and bool((part.batch.sampled_logps != 0).any(1).all()):
+    if name == "old_logps" and forwarder.told and _drawn(part):
         return part.batch.sampled_logps
     output = {"old_logps": "logps", "old_values": "values"}[name]
     return forwarder.whole(part, (output,))[output]
+
+
+def _drawn(part: Assembled) -> bool:
+    """Whether these are samples as they were drawn."""
+    samples, known = part.batch.role == Role.SAMPLE, (part.batch.sampled_logps != 0).any(1)
+    return bool((samples & known).all())
 
 
 def asked(built: Assembled, algorithm: Algorithm, column: str) -> list[int]:

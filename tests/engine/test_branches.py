@@ -16,8 +16,8 @@ from prefopt.engine.layout import PLAIN, Paths, tree_mask
 from prefopt.engine.shortrows import ShortRows
 
 HEADS, WIDTH = 4, 6
-ROWS = [(5, (3, 1, 4, 2, 3)), (2, (4, 4, 4, 4)), (9, (1, 2, 3, 1, 2))]
-"""The length of a beginning, and those of its branches; 18 tokens each."""
+ROWS = [(5, (3, 1, 4, 2, 3)), (2, (4, 4, 4, 4)), (9, (1, 2, 3, 1, 2)), (18, ())]
+"""The length of a beginning, and those of its branches; 18 tokens each, in one row without branches."""
 
 
 def mask(rows: list[tuple[int, tuple[int, ...]]], window: int | None = None) -> Tensor:
@@ -54,17 +54,16 @@ def test_values_and_slopes_are_those_of_the_formula(keys, scale):
 
 def test_a_tree_is_read_off_its_mask():
     found = [Tree.of(row) for row in mask(ROWS)[:, 0]]
-    assert found == [Tree(5, (8, 9, 13, 15, 18)), Tree(2, (6, 10, 14, 18)), Tree(9, (10, 12, 15, 16, 18))]
+    branching = [Tree(5, (8, 9, 13, 15, 18)), Tree(2, (6, 10, 14, 18)), Tree(9, (10, 12, 15, 16, 18))]
+    assert found == [*branching, Tree(18, (18,))]
     for tree, row in zip(found, mask(ROWS)[:, 0], strict=True):
         assert torch.equal(tree.mask, row)
 
 
 def other_masks() -> dict[str, Tensor]:
-    causal = torch.ones(18, 18, dtype=torch.bool).tril()
     hole, later = mask(ROWS)[0, 0].clone(), mask(ROWS)[0, 0].clone()
     hole[16, 2], later[3, 4] = False, True
     return {
-        "causal": causal,
         "a window": mask(ROWS, window=4)[0, 0],
         "a hole": hole,
         "what comes later": later,
@@ -77,10 +76,12 @@ def test_another_mask_is_no_tree(name):
     assert Tree.of(other_masks()[name]) is None
 
 
-def test_two_branches_are_not_worth_it_and_one_row_without_a_tree_spoils_the_others():
-    assert trees(mask([(8, (5, 5))])) == ()
-    assert len(trees(mask([(4, (2,) * 7)] * 3))) == 3
-    assert trees(torch.cat([mask([(4, (2,) * 7)]), other_masks()["causal"][None, None]])) == ()
+def test_rows_are_taken_together_where_it_is_worth_it():
+    many, two, none = mask([(4, (2,) * 7)]), mask([(8, (5, 5))]), mask([(18, ())])
+    assert trees(many) == (Tree(4, tuple(range(6, 19, 2))),)
+    assert trees(two) == trees(none) == ()
+    assert trees(torch.cat([many, many, none])) == () != trees(torch.cat([many, many, many, two]))
+    assert trees(torch.cat([many, other_masks()["a hole"][None, None]])) == ()
 
 
 @pytest.fixture
@@ -94,23 +95,23 @@ def calls(monkeypatch) -> list[int]:
 
 
 def test_attention_goes_by_branches_where_they_are_many(calls):
-    given, visible = inputs(), mask([(4, (2,) * 7)] * 3)
+    given, visible = inputs(), mask([(4, (2,) * 7)] * len(ROWS))
     with ShortRows():
         for _ in range(2):
             found = scaled_dot_product_attention(*given, attn_mask=visible)
         scaled_dot_product_attention(*given, is_causal=True)
     torch.testing.assert_close(found, exact(*given, visible, WIDTH**-0.5).float(), atol=1e-6, rtol=1e-5)
-    assert calls == [3, 3]
+    assert calls == [len(ROWS)] * 2
 
 
 def test_what_would_be_kept_has_a_bound(calls, monkeypatch):
-    visible = mask([(4, (2,) * 7)] * 3)
+    visible = mask([(4, (2,) * 7)] * len(ROWS))
     needed = 4 * HEADS * sum(tree.weights for tree in trees(visible))
     for bound in (needed, needed - 1):
         monkeypatch.setattr(shortrows, "KEPT_BYTES", bound)
         with ShortRows():
             scaled_dot_product_attention(*inputs(), attn_mask=visible)
-    assert calls == [3]
+    assert calls == [len(ROWS)]
 
 
 def test_a_group_of_samples_has_the_gradient_of_the_plain_path(tiny_model, calls):
