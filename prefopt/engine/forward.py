@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from prefopt.data.render import Tokens
 from prefopt.engine.head import token_collision_entropy, token_entropy, token_kl, token_logps
+from prefopt.engine.lastlayer import looked_at
 from prefopt.engine.layout import PLAIN, Packed, Paths, tree_mask
 from prefopt.engine.linear import Head, Layer, Shape, linear_kl, linear_logps
 from prefopt.engine.lora import adapted
@@ -127,7 +128,7 @@ class Scorer(nn.Module):
             compute = self._tiled if self.paths.tiled else self._plain
             found = compute(packed, want, temperature)
             if "values" in want and self.critic is not None:
-                found["values"] = self.critic._judged(packed).index_select(0, packed.source)
+                found["values"] = self.critic._judged(packed, packed.source)
         return {name: packed.unpacked(x) for name, x in found.items()}
 
     def _attention(self) -> AbstractContextManager[Any]:
@@ -155,7 +156,7 @@ class Scorer(nn.Module):
 
     def _tiled(self, packed: Packed, want: Collection[str], temperature: float) -> dict[str, Tensor]:
         """From the states that predict a completion token, and no others. [S] each."""
-        states = self._states(packed).index_select(0, packed.source)
+        states = self._states(packed, packed.source)
         found: dict[str, Tensor] = {}
         head = self._head(temperature)
         into = head.weight.grad if self.in_place else None
@@ -167,7 +168,7 @@ class Scorer(nn.Module):
         if "token_kl" in want:
             (reference,) = self.beside
             with torch.no_grad():
-                others = reference._states(packed).index_select(0, packed.source)
+                others = reference._states(packed, packed.source)
             found["token_kl"] = linear_kl(states, head, others, reference._head(temperature), into=into)
         if "values" in want and self.critic is None:
             found["values"] = self._values(states)
@@ -191,17 +192,19 @@ class Scorer(nn.Module):
 
     def _scores(self, packed: Packed) -> Tensor:
         """The score at the last real token, found by position and never by comparing with a padding id."""
-        return self._judged(packed).index_select(0, packed.last)
+        return self._judged(packed, packed.last)
 
-    def _judged(self, packed: Packed) -> Tensor:
-        """The score head at each token. [R * W]"""
-        return self.network.score(self._states(packed)).float().squeeze(-1)  # type: ignore[operator,no-any-return]
+    def _judged(self, packed: Packed, places: Tensor) -> Tensor:
+        """The score head at these flat places. [n]"""
+        return self.network.score(self._states(packed, places)).float().squeeze(-1)  # type: ignore[operator,no-any-return]
 
-    def _states(self, packed: Packed) -> Tensor:
-        """What the backbone makes of each token. [R * W, H]"""
+    def _states(self, packed: Packed, places: Tensor) -> Tensor:
+        """What the backbone makes of the tokens at these flat places. [n, H]"""
         backbone: Any = self.network.base_model
-        states: Tensor = backbone(**self._inputs(packed)).last_hidden_state
-        return states.flatten(0, 1)
+        spared = () if self.recomputed and torch.is_grad_enabled() else self.paths.spared
+        with looked_at(self.network, spared, places, packed.ids.shape):
+            states: Tensor = backbone(**self._inputs(packed)).last_hidden_state
+        return states.flatten(0, 1).index_select(0, places)
 
     def _inputs(self, packed: Packed) -> dict[str, Any]:
         inputs: dict[str, Any] = {"input_ids": packed.ids, "attention_mask": packed.attention, "use_cache": False}

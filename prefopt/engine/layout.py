@@ -28,13 +28,15 @@ class Paths:
     """How a forward pass is computed; every choice gives the same numbers.
 
     `layout` of the rows; `tiled`: the head without whole logits, holding at most `keep_bytes`; `reach`: the row length
-    at which attention costs as much as the matrix products, which says when sharing a beginning pays.
+    at which attention costs as much as the matrix products, which says when sharing a beginning pays; `spared`: modules
+    of the last layer that are spared the tokens nobody looks at.
     """
 
     layout: Layout = "padded"
     tiled: bool = False
     keep_bytes: int = KEEP_BYTES
     reach: float = 1e6
+    spared: tuple[str, ...] = ()
 
     def apart(self) -> Paths:
         """The same with a row for each sequence."""

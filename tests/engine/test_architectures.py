@@ -13,6 +13,7 @@ from prefopt.builtin.continuous import Continuous
 from prefopt.builtin.samplers import Plain
 from prefopt.data.render import Tokens, load_tokenizer
 from prefopt.engine.forward import Scorer, run
+from prefopt.engine.lastlayer import spared
 from prefopt.engine.layout import PLAIN, Paths
 from prefopt.engine.models import Model, build
 from prefopt.engine.probe import probe
@@ -82,10 +83,13 @@ def test_the_fastest_path_holds(model):
 
 @pytest.mark.parametrize("layout", ["causal", "shared"])
 def test_fast_equals_plain_in_value_and_gradient(model, layout):
-    """To 1e-5, for every budget of the head, with and without a prompt to share, with gradients in place or not."""
-    expected = outputs_and_slopes(model, PLAIN)
-    for keep_bytes, in_place in ((0, False), (1 << 20, True)):
-        found = outputs_and_slopes(model, Paths(layout, tiled=True, keep_bytes=keep_bytes), in_place)
+    """To 1e-5, for every budget of the head, with and without a prompt to share, with gradients in place or not, with
+    all of the last layer or what is looked at."""
+    expected, names = outputs_and_slopes(model, PLAIN), spared(causal(model))
+    assert names
+    for keep_bytes, in_place, less in ((0, False, ()), (1 << 20, True, names)):
+        paths = Paths(layout, tiled=True, keep_bytes=keep_bytes, spared=less)
+        found = outputs_and_slopes(model, paths, in_place)
         for name, x in expected.items():
             assert torch.allclose(found[name], x, atol=1e-5), name
 
@@ -155,7 +159,7 @@ def test_scores_of_a_reward_model_are_the_same_on_every_path(model):
     network = AutoModelForSequenceClassification.from_pretrained(model, num_labels=1, dtype=torch.float32)
     plain, shared = (
         run(Scorer(network, paths=paths), PAIRS, ("scores",), CPU, groups=[0, 0, 1, 1, 2])["scores"]
-        for paths in (PLAIN, Paths("shared"))
+        for paths in (PLAIN, Paths("shared", spared=spared(network)))
     )
     assert torch.allclose(plain, shared, atol=1e-5)
 

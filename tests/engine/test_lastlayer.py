@@ -1,0 +1,161 @@
+"""What the last layer is spared: found by trying, and without a change to any number."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from prefopt.data.render import Tokens
+from prefopt.engine.forward import Scorer, run
+from prefopt.engine.lastlayer import looked_at, spared
+from prefopt.engine.layout import PLAIN, Paths
+from prefopt.engine.models import build
+from prefopt.engine.probe import probe
+from prefopt.engine.recompute import prepare
+from prefopt.testing.tiny import tiny_recipe
+
+CPU = torch.device("cpu")
+GROUP = [0, 0, 1]
+PROMPT = tuple(range(3, 15))
+TOKENS = [Tokens(PROMPT, (5, 6)), Tokens(PROMPT, (7, 8, 9)), Tokens(PROMPT[::-1], (5,))]
+LLAMA = ("self_attn.q_proj", "self_attn.o_proj", "mlp")
+FAMILIES = {
+    "llama": ({}, "model.layers.1.", LLAMA),
+    "qwen3": ({"head_dim": 12}, "model.layers.1.", LLAMA),
+    "olmo2": ({}, "model.layers.1.", LLAMA),
+    "gpt_neox": ({}, "gpt_neox.layers.1.", ("attention.dense", "mlp")),
+    "phi3": ({"pad_token_id": 0}, "model.layers.1.", ("self_attn.o_proj", "mlp")),
+}
+"""What each has besides, where its last layer is, and what can be spared there: keys and values cannot, nor what is one
+product with them."""
+
+
+def network(family: str, folder: Path) -> torch.nn.Module:
+    recipe = tiny_recipe()
+    build(
+        type(recipe)(
+            {**recipe.config, "model_type": family, **FAMILIES[family][0]}, recipe.tokenizer, recipe.special_tokens
+        ),
+        folder,
+        seed=0,
+    )
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_reaches_other_tokens_is_never_spared(family, tmp_path):
+    found = network(family, tmp_path / "model")
+    before = {name: x.clone() for name, x in found.state_dict().items()}
+    _, layer, parts = FAMILIES[family]
+    assert spared(found) == tuple(layer + part for part in parts)
+    assert all(torch.equal(x, before[name]) for name, x in found.state_dict().items())
+
+
+def test_a_layer_that_has_not_learned_yet_is_told_from_one_that_reaches_nobody(tiny_model):
+    """Its output matrices are 0: nothing of what keys and values hold comes through, yet."""
+    found = AutoModelForCausalLM.from_pretrained(tiny_model)
+    last = found.model.layers[-1]
+    with torch.no_grad():
+        last.self_attn.o_proj.weight.zero_()
+        last.mlp.down_proj.weight.zero_()
+    assert spared(found) == tuple("model.layers.1." + part for part in LLAMA)
+
+
+def test_a_gate_that_is_closed_hides_nothing(tiny_model):
+    """What attention adds goes through a vector of zeros, as where a residual branch begins closed."""
+    found = AutoModelForCausalLM.from_pretrained(tiny_model)
+    attention = found.model.layers[-1].self_attn
+    attention.gate = torch.nn.Parameter(torch.zeros(24))
+    usual = attention.forward
+    attention.forward = lambda *given, **more: ((all_ := usual(*given, **more))[0] * attention.gate, *all_[1:])
+    assert spared(found) == tuple("model.layers.1." + part for part in LLAMA)
+
+
+def test_where_no_token_depends_on_another_nothing_is_believed(tiny_model):
+    found = AutoModelForCausalLM.from_pretrained(tiny_model)
+    for layer in found.model.layers:
+        usual = layer.self_attn.forward
+        layer.self_attn.forward = lambda *given, usual=usual, **more: (torch.zeros_like(more["hidden_states"]), None)
+    assert spared(found) == ()
+
+
+def test_weights_of_less_than_float32_are_not_tried(tiny_model):
+    assert spared(AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16)) == ()
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """How many tokens the last feed-forward network was given."""
+    found: list[int] = []
+
+    def watched(network):
+        mlp = network.model.layers[-1].mlp
+        mlp.gate_proj.register_forward_pre_hook(lambda _, given: found.append(given[0].numel() // given[0].shape[-1]))
+        return network
+
+    return found, watched
+
+
+@pytest.mark.parametrize("layout", ["causal", "shared"])
+def test_log_probabilities_and_gradients_are_those_of_the_plain_path(tiny_model, layout, seen):
+    """Also where two completions are predicted by one and the same token."""
+    counts, watched = seen
+    found = []
+    for paths in (PLAIN, Paths(layout, tiled=True, spared=tuple("model.layers.1." + part for part in LLAMA))):
+        scorer = Scorer(watched(AutoModelForCausalLM.from_pretrained(tiny_model)), paths=paths)
+        logps = run(scorer, TOKENS, ("logps",), CPU, groups=GROUP)["logps"]
+        (logps * torch.linspace(-1, 2, logps.numel()).view_as(logps)).sum().backward()
+        found.append([logps.detach(), *(p.grad for p in scorer.network.parameters())])
+    for plain, fast in zip(*found, strict=True):
+        torch.testing.assert_close(fast, plain, atol=1e-6, rtol=1e-5)
+    predicting = 2 + 3 + 1 - (layout == "shared")  # tokens that predict one of a completion, a shared one once
+    assert counts == [3 * 15, predicting]
+
+
+def test_of_a_reward_model_only_the_last_tokens_are_looked_at(tiny_model, seen):
+    counts, watched = seen
+    network = watched(AutoModelForSequenceClassification.from_pretrained(tiny_model, num_labels=1))
+    paths = Paths("shared", spared=tuple("model.layers.1." + part for part in LLAMA))
+    plain, fast = (
+        run(Scorer(network, paths=p), TOKENS, ("scores",), CPU, groups=GROUP)["scores"] for p in (PLAIN, paths)
+    )
+    torch.testing.assert_close(fast, plain, atol=1e-6, rtol=1e-5)
+    assert counts == [3 * 15, 3]
+
+
+def test_nothing_is_spared_where_nearly_all_is_looked_at(tiny_model):
+    network = AutoModelForCausalLM.from_pretrained(tiny_model)
+    mlp = network.model.layers[-1].mlp
+    for looked, changed in ((8, True), (9, False)):
+        with looked_at(network, ("model.layers.1.mlp",), torch.arange(looked), (1, 10)):
+            assert ("forward" in vars(mlp)) == changed
+        assert "forward" not in vars(mlp)
+
+
+def test_a_forward_of_its_own_comes_back(tiny_model):
+    network = AutoModelForCausalLM.from_pretrained(tiny_model)
+    mlp = network.model.layers[-1].mlp
+    mlp.forward = own = mlp.forward
+    with pytest.raises(KeyError), looked_at(network, ("model.layers.1.mlp",), torch.arange(3), (1, 10)):
+        raise KeyError
+    assert vars(mlp)["forward"] is own
+
+
+def test_with_layers_computed_again_passes_with_gradient_spare_nothing(tiny_model, seen):
+    counts, watched = seen
+    scorer = Scorer(watched(AutoModelForCausalLM.from_pretrained(tiny_model)))
+    scorer.paths = Paths("shared", tiled=True, spared=("model.layers.1.mlp",))
+    scorer.recomputed = prepare(scorer.network)
+    run(scorer, TOKENS, ("logps",), CPU, groups=GROUP)["logps"].sum().backward()
+    with torch.no_grad():
+        run(scorer, TOKENS, ("logps",), CPU, groups=GROUP)
+    rows = 2 * (12 + 2 + 3)
+    assert counts == [rows, rows, 5]
+
+
+def test_the_probe_finds_it(tiny_model):
+    paths = probe(Scorer(AutoModelForCausalLM.from_pretrained(tiny_model)), print)
+    assert paths.spared == tuple("model.layers.1." + part for part in LLAMA)
