@@ -1,6 +1,7 @@
 """prefopt and TRL side by side: equality first, then interleaved blocks of steps on the same pairs.
 
     python benchmarks/compare/compare.py WORKLOAD PEER_PYTHON OUT.json [--methods dpo,sft] [--blocks 5] [--rows 1,2,4,8]
+        [--precision bfloat16]
 
 WORKLOAD is made by `workload.py`, PEER_PYTHON is the interpreter of the environment made by `make_venv.sh`. TRL runs
 in its default layout (the whole step in one forward pass) and at its best: the fastest of several numbers of rows at a
@@ -39,7 +40,8 @@ MICRO = (1, 2, 4, 8)
 MICRO_ONLINE = (2, 4, 8, 16, 32)
 REFUSED = {"kto": (1,)}
 """Rows at a time with which TRL ends in an error: its z needs another row of the microbatch."""
-LOSS, GRADIENT = 1e-5, 1e-4
+LIMITS = {"float32": (1e-5, 1e-4), "bfloat16": (2e-2, 5e-2)}
+"""How far losses and gradients may differ."""
 
 
 @dataclass
@@ -102,8 +104,8 @@ class Side:
         }
 
 
-def ours(workload: Path, method: str, steps: int, *more: str, name: str = "prefopt") -> Side:
-    return Side(name, [sys.executable, str(HERE / "ours.py"), str(workload), method, str(steps), *more])
+def ours(workload: Path, method: str, steps: int, *more: str) -> Side:
+    return Side("prefopt", [sys.executable, str(HERE / "ours.py"), str(workload), method, str(steps), *more])
 
 
 def peer(python: str, workload: Path, method: str, steps: int, micro: int, *more: str) -> Side:
@@ -145,7 +147,7 @@ def spread(journal: Path, scaled: bool) -> float:
     return fmean(abs(x - fmean(own)) / (stdev(own) or 1 if scaled else 1) for own in scores for x in own)
 
 
-def equality(python: str, workload: Path, method: str) -> dict[str, float]:
+def equality(python: str, workload: Path, method: str, precision: str) -> dict[str, float]:
     """Losses of two steps and gradients of the first, ours against TRL's. Ends the comparison when they differ."""
     from safetensors.torch import load_file
 
@@ -154,8 +156,8 @@ def equality(python: str, workload: Path, method: str) -> dict[str, float]:
         files = [folder / name for name in ("ours.safetensors", "theirs.safetensors")]
         mine, theirs = same_draws(workload, method, folder) if method in BETA else ([], [])
         sides = [
-            ours(workload, method, 2, str(files[0]), *mine),
-            peer(python, workload, method, 2, whole(method), str(files[1]), *theirs),
+            ours(workload, method, 2, str(files[0]), *mine, f"optim.precision={precision}"),
+            peer(python, workload, method, 2, whole(method), str(files[1]), *theirs, f"precision={precision}"),
         ]
         for side in sides:
             with side:
@@ -167,16 +169,17 @@ def equality(python: str, workload: Path, method: str) -> dict[str, float]:
     size = sum(float(b[n].double().square().sum()) for n in names) ** 0.5
     losses = [abs(x - y) / max(abs(y), unit) for x, y in zip(sides[0].losses, sides[1].losses, strict=True)]
     found = {"loss": max(losses), "gradient": off / size, "tensors": len(names)}
-    if found["loss"] > LOSS or found["gradient"] > GRADIENT:
+    loss, gradient = LIMITS[precision]
+    if found["loss"] > loss or found["gradient"] > gradient:
         raise SystemExit(f"{method}: the two sides do not compute the same: {found}")
     return found
 
 
-def tried(python: str, workload: Path, method: str, rows: Sequence[int]) -> dict[int, float]:
+def tried(python: str, workload: Path, method: str, rows: Sequence[int], precision: str) -> dict[int, float]:
     """Seconds of a step of TRL by the rows at a time that it accepts: two steps after one to warm up."""
     seconds = {}
     for micro in (m for m in rows or usual(method) if m not in REFUSED.get(method, ())):
-        with peer(python, workload, method, 3, micro, "best") as side:
+        with peer(python, workload, method, 3, micro, "best", f"precision={precision}") as side:
             side.train(1)
             seconds[micro] = median(side.train(2))
         print(f"  TRL {method}, {micro} rows at a time: {seconds[micro]:.2f} s a step", flush=True)
@@ -219,16 +222,18 @@ def needed_gflop(workload: Path, method: str, steps: Sequence[int]) -> float:
     return sum(work(size * step + i) for step in steps for i in range(size)) / len(steps) / 1e9
 
 
-def compare(python: str, workload: Path, method: str, blocks: int, rows: Sequence[int]) -> dict[str, Any]:
+def compare(
+    python: str, workload: Path, method: str, blocks: int, rows: Sequence[int], precision: str
+) -> dict[str, Any]:
     print(f"{method}: equality", flush=True)
-    equal = equality(python, workload, method)
-    searched = tried(python, workload, method, rows)
+    equal = equality(python, workload, method, precision)
+    searched = tried(python, workload, method, rows, precision)
     micro = min(searched, key=searched.__getitem__)
     total = STEPS * (blocks + 1)
     sides = [
-        ours(workload, method, total),
-        peer(python, workload, method, total, whole(method)),
-        peer(python, workload, method, total, micro, "best"),
+        ours(workload, method, total, f"optim.precision={precision}"),
+        peer(python, workload, method, total, whole(method), f"precision={precision}"),
+        peer(python, workload, method, total, micro, "best", f"precision={precision}"),
     ]
     with sides[0], sides[1], sides[2]:
         for side in sides:
@@ -267,11 +272,13 @@ def main() -> None:
     parser.add_argument("--methods", default="dpo,sft,reward_model")
     parser.add_argument("--blocks", type=int, default=5)
     parser.add_argument("--rows", default="", help="rows at a time to try for TRL's best (default: several)")
+    parser.add_argument("--precision", default="float32", choices=LIMITS)
     options = parser.parse_args()
     results = json.loads(options.out.read_text("utf-8")) if options.out.exists() else {}
     rows = [int(n) for n in options.rows.split(",") if n]
     for method in options.methods.split(","):
-        results[method] = result = compare(options.python, options.workload, method, options.blocks, rows)
+        result = compare(options.python, options.workload, method, options.blocks, rows, options.precision)
+        results[method if options.precision == "float32" else f"{method}, {options.precision}"] = result
         options.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
         for name, found in result["sides"].items():
             times = result["times_slower_than_prefopt"][name]

@@ -2,7 +2,7 @@
 
 Run it in an environment of its own (`make_venv.sh`). MICRO is how many rows go through the model at once; `best` adds
 what helps TRL on a CPU: precomputed reference log-probabilities and fused AdamW. Methods that sample take
-`recorded=JOURNAL`, draws of the other side instead of their own, and `reference=MODEL`.
+`recorded=JOURNAL`, draws of the other side instead of their own, and `reference=MODEL`; all take `precision=bfloat16`.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def rows(workload: Path, method: str, count: int) -> Dataset:
     return Dataset.from_list(found)
 
 
-def trainer(workload: Path, method: str, steps: int, micro: int, best: bool, callback: Blocks) -> Any:
+def trainer(workload: Path, method: str, steps: int, micro: int, best: bool, callback: Blocks, half: bool) -> Any:
     batch = PROMPTS * SAMPLES if method in BETA else BATCH
     common: dict[str, Any] = {
         "output_dir": tempfile.mkdtemp(),
@@ -107,7 +107,7 @@ def trainer(workload: Path, method: str, steps: int, micro: int, best: bool, cal
         "lr_scheduler_type": "constant",
         "max_grad_norm": 1e9,
         "use_cpu": True,
-        "bf16": False,
+        "bf16": half,
         "gradient_checkpointing": False,
         "report_to": [],
         "logging_steps": 1,
@@ -166,7 +166,8 @@ def main() -> None:
         owner = trl.DPOTrainer if method == "dpo" else trl.KTOTrainer
         reference = ReferencePass(owner._precompute_ref_logps)
         owner._precompute_ref_logps = lambda *args: reference.first(*args)
-    run = trainer(workload, method, steps, micro, "best" in sys.argv[5:], Blocks(gradients, reference))
+    half = given.pop("precision", "float32") == "bfloat16"
+    run = trainer(workload, method, steps, micro, "best" in sys.argv[5:], Blocks(gradients, reference), half)
     if given:
         replay(run, method, Path(given["recorded"]), Path(given["reference"]))
     answer(ready=True, versions=versions())
