@@ -52,5 +52,5 @@ def test_a_million_rows_are_checked_and_a_batch_rendered_in_a_minute_and_a_gigab
     found = json.loads(done.stdout)
     print(f"{path.stat().st_size / 1e6:.0f} MB: {found}")
     assert (found["rows"], found["sequences"], found["steps"]) == (ROWS, 64, ROWS // 32)
-    assert found["processor_seconds"] <= 60  # what it costs, whatever else the machine does
+    assert found["wall_seconds"] <= 60
     assert found["peak_kilobytes"] < 1_000_000
