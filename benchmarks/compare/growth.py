@@ -14,6 +14,7 @@ import random
 import sys
 import tempfile
 from collections.abc import Sequence
+from functools import partial
 from math import log
 from pathlib import Path
 from statistics import linear_regression, median
@@ -64,9 +65,15 @@ def exponent(x: Sequence[float], y: Sequence[float]) -> float:
     return linear_regression([*map(log, x)], [*map(log, y)]).slope
 
 
-def grown(source: Path, folder: Path) -> dict[str, Any]:
-    """With length and vocabulary, prefopt alone."""
+def lengths(source: Path, folder: Path) -> dict[str, Any]:
+    """With length, prefopt alone."""
     by_length = {n: measure(ours(workload(source, folder / f"l{n}", n // 2, n // 2), "dpo", STEPS)) for n in LENGTHS}
+    exponents = exponent(LENGTHS, [f["seconds"] for f in by_length.values()])
+    return {"length": by_length, "time_exponent_in_length": exponents}
+
+
+def vocabularies(source: Path, folder: Path) -> dict[str, Any]:
+    """With the vocabulary, prefopt alone."""
     by_words: dict[str, dict[int, float]] = {}
     for size in VOCABULARIES:
         made = workload(source, folder / f"v{size}", 128, 64, size)
@@ -75,8 +82,6 @@ def grown(source: Path, folder: Path) -> dict[str, Any]:
             found = measure(ours(made, "dpo", STEPS, *more))
             by_words.setdefault(head, {})[size] = found["added_mb"] - 12 * weights / 2**20
     return {
-        "length": by_length,
-        "time_exponent_in_length": exponent(LENGTHS, [f["seconds"] for f in by_length.values()]),
         "added_mb_by_vocabulary": by_words,
         "memory_exponent_in_vocabulary": {
             head: exponent(VOCABULARIES, [*added.values()]) for head, added in by_words.items()
@@ -98,9 +103,11 @@ def prompts(source: Path, folder: Path, python: str) -> dict[str, Any]:
 
 def main() -> None:
     source, python, out = Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
+    found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
-        found = grown(source, Path(folder)) | prompts(source, Path(folder), python)
-    out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        for part in (lengths, vocabularies, partial(prompts, python=python)):
+            found |= part(source, Path(folder))
+            out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(found, indent=1))
 
 
