@@ -53,15 +53,13 @@ def _replaced(module: nn.Module, forward: Any) -> Iterator[None]:
             own["forward"] = usual
 
 
-def _spared(
-    forward: Any, places: Tensor, tokens: int, say: Any, states: Any = None, *others: Any, **options: Any
-) -> Any:
+def _spared(forward: Any, places: Tensor, tokens: int, say: Any, *given: Any, **options: Any) -> Any:
     """What `forward` makes of states [R, W, in] or [R * W, in] at these places, 0 elsewhere; all of it where it is
     given anything else."""
-    if others or options or not isinstance(states, Tensor) or states.shape[:-1].numel() != tokens:
-        return forward(*([] if states is None else [states]), *others, **options)
+    if options or len(given) != 1 or not isinstance(given[0], Tensor) or given[0].shape[:-1].numel() != tokens:
+        return forward(*given, **options)
     say()
-    outer, flat = states.shape[:-1], states.flatten(0, -2)
+    outer, flat = given[0].shape[:-1], given[0].flatten(0, -2)
     found = forward(flat.index_select(0, places).view(*(1,) * (len(outer) - 1), len(places), -1)).flatten(0, -2)
     every = found.new_zeros(tokens, found.shape[-1])
     return every.index_copy(0, places, found).view(*outer, -1)
