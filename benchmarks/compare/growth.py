@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from compare import Side, ours, peer
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 STEPS = 3
 LENGTHS = (128, 256, 512, 960)
@@ -47,9 +47,8 @@ def workload(source: Path, out: Path, prompt: int, completion: int, vocabulary: 
     out.mkdir(parents=True)
     (out / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_pretrained(source / "model")
-    model.resize_token_embeddings(vocabulary)
-    model.save_pretrained(out / "model")
+    config = AutoConfig.from_pretrained(source / "model", vocab_size=vocabulary)
+    AutoModelForCausalLM.from_config(config).save_pretrained(out / "model")
     reader.save_pretrained(out / "model")
     return out
 

@@ -15,32 +15,49 @@ import time
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
+from typing import NamedTuple
 
 from ours import build
 
+from prefopt.engine.lastlayer import spared
 from prefopt.engine.layout import PLAIN, Paths
 from prefopt.engine.loop import Loop
 from prefopt.engine.optimize import Optimizer
 from prefopt.engine.probe import probe
 
 STEPS = 6
-RUNGS: dict[str, Paths] = {
-    "plain: padded rows under a mask, whole logits": PLAIN,
-    "rows without a mask": Paths("causal"),
-    "tiled head on the positions that are scored": Paths("causal", tiled=True),
-    "a pair in one row": Paths("shared", tiled=True),
-    "gradients of the vocabulary's matrix in place": Paths("shared", tiled=True),
+SHARED = Paths("shared", tiled=True)
+
+
+class Rung(NamedTuple):
+    """Paths of the forward pass, and what is not among them."""
+
+    paths: Paths
+    in_place: bool = False
+    spares: bool = False
+
+
+RUNGS = {
+    "plain: padded rows under a mask, whole logits": Rung(PLAIN),
+    "rows without a mask": Rung(Paths("causal")),
+    "tiled head on the positions that are scored": Rung(Paths("causal", tiled=True)),
+    "a pair in one row": Rung(SHARED),
+    "gradients of the vocabulary's matrix in place": Rung(SHARED, in_place=True),
+    "the last layer where its states are looked at": Rung(SHARED, in_place=True, spares=True),
 }
 
 
-def rung(workload: Path, folder: Path, paths: Paths, in_place: bool) -> Loop:
+def climbed(workload: Path, folder: Path, rung: Rung) -> Loop:
     folder.mkdir()
     loop = build(workload, "dpo", STEPS, folder, ["optim.forward=plain"])
-    loop.scorer.paths = paths
+    scorer, paths = loop.scorer, rung.paths
+    scorer.paths = paths
     if paths.layout == "shared":
-        loop.scorer.paths = replace(paths, reach=probe(loop.scorer, print).reach)
-    if in_place:
-        loop.optimizer = Optimizer(loop.scorer, loop.optim, loop.scorer.accumulate_in_place(head_is_used=True))
+        scorer.paths = paths = replace(paths, reach=probe(scorer, print).reach)
+    if rung.spares:
+        scorer.paths = replace(paths, spared=spared(scorer.network))
+    if rung.in_place:
+        loop.optimizer = Optimizer(scorer, loop.optim, scorer.accumulate_in_place(head_is_used=True))
     return loop
 
 
@@ -48,11 +65,7 @@ def main() -> None:
     workload, out, blocks = Path(sys.argv[1]), Path(sys.argv[2]), int([*sys.argv, "3"][3])
     seconds: dict[str, list[float]] = {name: [] for name in RUNGS}
     with tempfile.TemporaryDirectory() as folder:
-        last = list(RUNGS)[-1]
-        loops = {
-            name: rung(workload, Path(folder) / str(i), paths, name == last)
-            for i, (name, paths) in enumerate(RUNGS.items())
-        }
+        loops = {name: climbed(workload, Path(folder) / str(i), rung) for i, (name, rung) in enumerate(RUNGS.items())}
         first = {name: loop.step(0) for name, loop in loops.items()}
         for name in ("loss/total", "gradient/norm"):
             values = [metrics[name] for metrics in first.values()]

@@ -8,10 +8,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from prefopt.config.models import LoraConfig
 from prefopt.data.render import Tokens
 from prefopt.engine.forward import Scorer, run
 from prefopt.engine.lastlayer import looked_at, spared
 from prefopt.engine.layout import PLAIN, Paths
+from prefopt.engine.lora import attach
 from prefopt.engine.models import build
 from prefopt.engine.probe import probe
 from prefopt.engine.recompute import prepare
@@ -99,18 +101,62 @@ def seen(monkeypatch):
     return found, watched
 
 
+def outcome(scorer: Scorer, want: str) -> list[torch.Tensor]:
+    """What is found, and the gradients of all that learns."""
+    found = run(scorer, TOKENS, (want,), CPU, groups=GROUP)[want]
+    (found * torch.linspace(-1, 2, found.numel()).view_as(found)).sum().backward()
+    return [found.detach(), *(p.grad for p in scorer.parameters() if p.grad is not None)]
+
+
+def close(found: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
+    for fast, plain in zip(found, expected, strict=True):
+        torch.testing.assert_close(fast, plain, atol=1e-5, rtol=1e-5)
+
+
+def adapted(path: Path) -> torch.nn.Module:
+    """With adapters that have learned something."""
+    network = AutoModelForCausalLM.from_pretrained(path)
+    attach(network, LoraConfig(rank=4), seed=0)
+    torch.manual_seed(0)
+    for name, p in network.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=0.1)
+    return network
+
+
+def test_adapters_learn_as_on_the_plain_path(tiny_model, seen):
+    counts, watched = seen
+    plain, fast = (Scorer(watched(adapted(tiny_model))) for _ in range(2))
+    fast.paths = probe(fast, print)
+    assert fast.paths.spared == tuple("model.layers.1." + part for part in LLAMA)
+    counts.clear()
+    close(outcome(fast, "logps"), outcome(plain, "logps"))
+    assert counts == [5, 3 * 15]
+
+
+def test_a_critic_learns_as_on_the_plain_path(tiny_model, seen):
+    counts, watched = seen
+    found = []
+    for paths in (PLAIN, Paths("shared", tiled=True, spared=tuple("model.layers.1." + part for part in LLAMA))):
+        critic = watched(AutoModelForSequenceClassification.from_pretrained(tiny_model, num_labels=1))
+        torch.nn.init.normal_(critic.score.weight, generator=torch.Generator().manual_seed(0))
+        scorer = Scorer(AutoModelForCausalLM.from_pretrained(tiny_model))
+        scorer.value_by(Scorer(critic), print)
+        scorer.paths = scorer.critic.paths = paths
+        found.append(outcome(scorer, "values"))
+    close(*found)
+    assert counts == [3 * 15, 5]
+
+
 @pytest.mark.parametrize("layout", ["causal", "shared"])
 def test_log_probabilities_and_gradients_are_those_of_the_plain_path(tiny_model, layout, seen):
     """Also where two completions are predicted by one and the same token."""
     counts, watched = seen
     found = []
     for paths in (PLAIN, Paths(layout, tiled=True, spared=tuple("model.layers.1." + part for part in LLAMA))):
-        scorer = Scorer(watched(AutoModelForCausalLM.from_pretrained(tiny_model)), paths=paths)
-        logps = run(scorer, TOKENS, ("logps",), CPU, groups=GROUP)["logps"]
-        (logps * torch.linspace(-1, 2, logps.numel()).view_as(logps)).sum().backward()
-        found.append([logps.detach(), *(p.grad for p in scorer.network.parameters())])
-    for plain, fast in zip(*found, strict=True):
-        torch.testing.assert_close(fast, plain, atol=1e-6, rtol=1e-5)
+        network = watched(AutoModelForCausalLM.from_pretrained(tiny_model))
+        found.append(outcome(Scorer(network, paths=paths), "logps"))
+    close(*found)
     predicting = 2 + 3 + 1 - (layout == "shared")  # tokens that predict one of a completion, a shared one once
     assert counts == [3 * 15, predicting]
 
