@@ -132,6 +132,16 @@ def test_bfloat16_trains_float32_weights(train_tiny):
     assert a[-1]["loss/total"] != b[-1]["loss/total"]
 
 
+@pytest.mark.parametrize("able", [True, False])
+def test_a_processor_without_bfloat16_is_told_of(tiny_model, tmp_path, plugins, monkeypatch, able):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: able)
+    said: list[str] = []
+    settings = {"run": {"steps": 1}, "optim": {"precision": "bfloat16"}}
+    train(tiny_config(tiny_model, tmp_path / "run", settings, plugins), plugins, warn=said.append)
+    slow = "the processor has no instructions for bfloat16: float32 is many times faster here"
+    assert said == [slow] * (not able)
+
+
 def test_a_run_stops_early_and_exports_its_best_model(train_tiny):
     """With a large learning rate the held-out margin of a fixed direction soon falls."""
     result = train_tiny(

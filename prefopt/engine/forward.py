@@ -244,6 +244,15 @@ def precision(device: torch.device, name: str) -> AbstractContextManager[Any]:
     return torch.autocast(device.type, torch.bfloat16) if name == "bfloat16" else nullcontext()
 
 
+def emulated(device: torch.device, name: str) -> bool:
+    """Whether the device has no instructions for products in this precision, and takes many times as long for them."""
+    if name == "float32":
+        return False
+    if device.type == "cuda":
+        return not torch.cuda.is_bf16_supported(including_emulation=False)
+    return not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 def run(
     module: nn.Module,
     tokens: Sequence[Tokens],
