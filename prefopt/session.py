@@ -33,7 +33,7 @@ from prefopt.engine.columns import Forwarder, Meter, asked, told
 from prefopt.engine.evaluate import Evaluator, judge
 from prefopt.engine.failures import explained
 from prefopt.engine.folder import RunFolder, write_text
-from prefopt.engine.forward import Scorer
+from prefopt.engine.forward import Scorer, warn_if_slow
 from prefopt.engine.inputs import HeldOut, Inputs
 from prefopt.engine.journal import TABLE, Journal
 from prefopt.engine.loop import Loop, Progress
@@ -163,6 +163,7 @@ class Session:
     def assemble(self) -> tuple[Loop, Evaluator | None]:
         """The loop, restored from the last checkpoint if there is one, and the evaluation beside it."""
         config = self.config
+        warn_if_slow(self.ranks.device, config.optim.precision, self._warn)
         torch.manual_seed(derive(config.run.seed, "torch"))
         self.services = EngineServices(config.run.seed, self.ranks.device, self.folder.path)
         self.model = self._model_config(config.model)
@@ -273,7 +274,7 @@ class Session:
     @property
     def _warn(self) -> Callable[[str], None]:
         """Says something on one rank alone."""
-        return self.warn if self.ranks.main else _unsaid
+        return self.ranks.by_one(self.warn)
 
     # --- sampling while training ------------------------------------------------------------------------------------
 
@@ -481,10 +482,6 @@ class Session:
             return
         write_text(self.folder.config, dump(redact(resolved(self.config))))
         self.folder.write(self.folder.info, describe(self.config, self.plugins))
-
-
-def _unsaid(message: str) -> None:
-    """Other ranks say what the main one says."""
 
 
 def _all(group: Rollout) -> bool:

@@ -41,7 +41,7 @@ def test_a_reward_model_learns_the_pairs_it_sees_again_and_again(quiet, tmp_path
     assert last < 0.07
 
 
-@pytest.mark.parametrize("name", ["hh", "persona"])
+@pytest.mark.parametrize("name", ["hh", "hh-anchored", "hh-normalised", "persona"])
 def test_the_suites_of_real_pairs_plan_each_method_for_each_seed(quiet, tmp_path, name):
     document = parse((BENCHMARKS / f"suites/{name}.yaml").read_text("utf-8"), f"{name}.yaml")
     suite = validated(SuiteConfig, document, quiet.find)

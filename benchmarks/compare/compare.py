@@ -63,6 +63,8 @@ class Side:
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
         self.process = subprocess.Popen(self.command, text=True, env=environment, **pipes)  # type: ignore[call-overload]
         self.ready = self._answer()
+        if not self.ready.get("fast", True):
+            raise SystemExit(f"{self.name} does not take its fastest path with this model: {' '.join(self.command)}")
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -1,10 +1,11 @@
 """How time and memory grow, on pairs of exact lengths: with length, with the vocabulary, with the prompt beside TRL.
 
-    python benchmarks/compare/growth.py WORKLOAD PEER_PYTHON OUT.json
+    python benchmarks/compare/growth.py WORKLOAD PEER_PYTHON OUT.json [length | vocabulary | prompt ...]
 
-Seconds are those of a step and of the reference's pass over its rows. Texts are random words that are one token each.
-Exponents are slopes of log against log by least squares. Memory is what a step adds to a process that has loaded its
-model, without gradients and the two moments of AdamW, 12 bytes a weight.
+Seconds are those of a step and of the reference's pass over its rows, the median of all steps but the first. Texts are
+random words that are one token each, models random. Exponents are slopes of log against log by least squares. Memory
+is the peak of a process less what it has when its model is loaded, and by vocabulary also less gradients and the two
+moments of AdamW, 12 bytes a weight.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import random
 import sys
 import tempfile
 from collections.abc import Sequence
+from datetime import date
 from functools import partial
 from math import log
 from pathlib import Path
@@ -23,6 +25,9 @@ from typing import Any
 import torch
 from compare import Side, ours, peer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from worker import roof
+
+from prefopt.bench.report import commit_of
 
 STEPS = 3
 LENGTHS = (128, 256, 512, 960)
@@ -68,7 +73,7 @@ def lengths(source: Path, folder: Path) -> dict[str, Any]:
     """With length, prefopt alone."""
     by_length = {n: measure(ours(workload(source, folder / f"l{n}", n // 2, n // 2), "dpo", STEPS)) for n in LENGTHS}
     exponents = exponent(LENGTHS, [f["seconds"] for f in by_length.values()])
-    return {"length": by_length, "time_exponent_in_length": exponents}
+    return {"tokens": by_length, "time_exponent": exponents}
 
 
 def vocabularies(source: Path, folder: Path) -> dict[str, Any]:
@@ -80,12 +85,8 @@ def vocabularies(source: Path, folder: Path) -> dict[str, Any]:
         for head, more in {"default": [], "nothing kept": ["optim.head_bytes=0"]}.items():
             found = measure(ours(made, "dpo", STEPS, *more))
             by_words.setdefault(head, {})[size] = found["added_mb"] - 12 * weights / 2**20
-    return {
-        "added_mb_by_vocabulary": by_words,
-        "memory_exponent_in_vocabulary": {
-            head: exponent(VOCABULARIES, [*added.values()]) for head, added in by_words.items()
-        },
-    }
+    exponents = {head: exponent(VOCABULARIES, [*added.values()]) for head, added in by_words.items()}
+    return {"added_mb": by_words, "memory_exponent": exponents}
 
 
 def prompts(source: Path, folder: Path, python: str) -> dict[str, Any]:
@@ -97,15 +98,17 @@ def prompts(source: Path, folder: Path, python: str) -> dict[str, Any]:
         for name, side in sides.items():
             found[name][n] = measure(side)["seconds"]
     slopes = {name: linear_regression(PROMPTS, [*seconds.values()]).slope for name, seconds in found.items()}
-    return {"prompt": found, "seconds_for_each_prompt_token": slopes, "ratio": slopes["prefopt"] / slopes["TRL"]}
+    return {"seconds": found, "seconds_for_each_token": slopes, "times_slower": slopes["TRL"] / slopes["prefopt"]}
 
 
 def main() -> None:
     source, python, out = Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
-    found: dict[str, Any] = {}
+    parts = {"length": lengths, "vocabulary": vocabularies, "prompt": partial(prompts, python=python)}
+    found: dict[str, Any] = json.loads(out.read_text("utf-8")) if out.exists() else {}
     with tempfile.TemporaryDirectory() as folder:
-        for part in (lengths, vocabularies, partial(prompts, python=python)):
-            found |= part(source, Path(folder))
+        for name in sys.argv[4:] or parts:
+            made = {"commit": commit_of()[:7], "date": date.today().isoformat(), "roof_gflops": roof()}
+            found[name] = made | parts[name](source, Path(folder))
             out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(found, indent=1))
 

@@ -56,6 +56,7 @@ def climbed(workload: Path, folder: Path, rung: Rung) -> Loop:
         scorer.paths = paths = replace(paths, reach=probe(scorer, print).reach)
     if rung.spares:
         scorer.paths = replace(paths, spared=spared(scorer.network))
+        assert scorer.paths.spared
     if rung.in_place:
         loop.optimizer = Optimizer(scorer, loop.optim, scorer.accumulate_in_place(head_is_used=True))
     return loop

@@ -22,6 +22,7 @@ from prefopt.config import load_run
 from prefopt.engine.columns import asked
 from prefopt.engine.folder import RunFolder
 from prefopt.engine.loop import Loop
+from prefopt.engine.memory import give_back
 from prefopt.engine.models import Model
 from prefopt.engine.ranks import Ranks
 from prefopt.engine.reference import Cached, Resident
@@ -90,7 +91,9 @@ def reference_pass(loop: Loop, steps: range) -> float:
             built = loop.assembler(loop.order.step(step))
             part = built.select(asked(built, loop.algorithm, "reference_logps"))
             empty.share(part.tokens, part.groups, forwarder.ranks)
-        return (time.perf_counter() - began) / len(steps)
+        seconds = time.perf_counter() - began
+        empty.close()
+        return seconds / len(steps)
 
 
 def written(workload: Path, method: str, steps: int, folder: Path) -> str:
@@ -115,8 +118,10 @@ def main() -> None:
         step = loop.optimizer.step
         loop.optimizer.step = lambda rate: (_keep(loop, gradients), step(rate))  # type: ignore[assignment,func-returns-value]
     done = 0
-    memory = {"resident_mb": resident_mb(), "torch": torch.__version__}
-    answer(ready=True, versions=versions(), **memory)
+    give_back()
+    paths = loop.scorer.paths
+    fast = paths.layout == "shared" and paths.tiled and bool(paths.spared)
+    answer(ready=True, versions=versions(), resident_mb=resident_mb(), torch=torch.__version__, fast=fast)
     for count in orders():
         speed, steps = roof(), Steps(reference_pass(loop, range(done, done + count)))
         for _ in range(count):

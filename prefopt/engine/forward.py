@@ -6,6 +6,7 @@ The plain path computes whole logits for padded rows under a mask; it stays as t
 
 from __future__ import annotations
 
+import timeit
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -239,18 +240,28 @@ def head_shape(config: Any, temperature: float = 1.0) -> Shape:
     return Shape(scale, getattr(config, "final_logit_softcapping", None), temperature)
 
 
+SLOW = 3.0
+"""How many times as long as in float32 a product in another precision may take before it is spoken of."""
+
+
+def warn_if_slow(device: torch.device, name: str, warn: Callable[[str], None]) -> None:
+    """Warns of a precision in which this CPU computes more slowly than in float32, having no instructions for it."""
+    if device.type != "cpu" or name == "float32":
+        return
+    exact, other = (_product_seconds(dtype) for dtype in (torch.float32, getattr(torch, name)))
+    if other > SLOW * exact:
+        warn(f"a matrix product in {name} takes {other / exact:.0f} times as long as in float32 on this CPU")
+
+
+def _product_seconds(dtype: torch.dtype) -> float:
+    """Of a product [16, 512] x [512, 512], the best of three."""
+    rows, matrix = torch.ones(16, 512, dtype=dtype), torch.ones(512, 512, dtype=dtype)
+    return min(timeit.repeat(lambda: rows @ matrix, number=1, repeat=3))
+
+
 def precision(device: torch.device, name: str) -> AbstractContextManager[Any]:
     """Autocast for `bfloat16`; nothing for `float32`."""
     return torch.autocast(device.type, torch.bfloat16) if name == "bfloat16" else nullcontext()
-
-
-def emulated(device: torch.device, name: str) -> bool:
-    """Whether the device has no instructions for products in this precision, and takes many times as long for them."""
-    if name == "float32":
-        return False
-    if device.type == "cuda":
-        return not torch.cuda.is_bf16_supported(including_emulation=False)
-    return not torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def run(

@@ -26,7 +26,7 @@ from prefopt.data.streams import Order, derive
 from prefopt.engine.backward import backward
 from prefopt.engine.collect import Collector
 from prefopt.engine.columns import Forwarder, fill
-from prefopt.engine.forward import Scorer, emulated
+from prefopt.engine.forward import Scorer
 from prefopt.engine.layout import members
 from prefopt.engine.noise import Noise
 from prefopt.engine.optimize import Optimizer, learning_rate
@@ -76,10 +76,6 @@ class Loop:
 
     def run(self, after_step: Callable[[dict[str, float], float], None]) -> None:
         """Steps until the end or until something stops the run; `after_step` gets each step's metrics and seconds."""
-        if emulated(self.forwarder.ranks.device, self.optim.precision):
-            self.warn(
-                f"the processor has no instructions for {self.optim.precision}: float32 is many times faster here"
-            )
         while self.progress.step < self.total and not self.progress.stopped:
             began = time.perf_counter()
             metrics = self.step(self.progress.step)

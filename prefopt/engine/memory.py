@@ -24,13 +24,18 @@ def keep_freed() -> bool:
     return bool(_LIBC.mallopt(_TRIM_THRESHOLD, KEPT_BYTES))
 
 
+def give_back() -> None:
+    """Gives freed memory back to the system, where it allows it: at the end of work that had more than what follows."""
+    if hasattr(_LIBC, "malloc_trim"):
+        _LIBC.malloc_trim(0)
+
+
 def reset_peak(device: torch.device) -> None:
     """Gives freed memory back and forgets earlier peaks, where the system allows it."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return
-    if hasattr(_LIBC, "malloc_trim"):
-        _LIBC.malloc_trim(0)
+    give_back()
     try:
         _RESET.write_text("5")
     except OSError:

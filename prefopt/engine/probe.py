@@ -45,7 +45,7 @@ def probe(scorer: Scorer, warn: Callable[[str], None], keep_bytes: int = KEEP_BY
                 warn(f"the {paths.layout}{', tiled' * paths.tiled} path is not used for this model: {reason}")
     finally:
         scorer.paths = before
-    warn("no path agrees with sequences scored alone: padding changes what this model computes, or rounding does")
+    warn("no path agrees with sequences scored alone: padding or rounding changes what this model computes")
     return PLAIN
 
 

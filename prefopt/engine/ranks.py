@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, TypeVar
 
@@ -49,6 +50,10 @@ class Ranks:
     def gather(self, items: list[T]) -> list[T]:
         """The items of all ranks, rank after rank, the same list on all of them."""
         return items if self.world == 1 else gather_object(items)
+
+    def by_one(self, say: Callable[[str], None]) -> Callable[[str], None]:
+        """What says something on the main rank, and nothing on the others."""
+        return say if self.main else lambda message: None
 
     def wait(self) -> None:
         """Returns when every rank has come here."""

@@ -19,6 +19,7 @@ from prefopt.engine.fewrows import packed
 from prefopt.engine.forward import Scorer, run
 from prefopt.engine.layout import members, units
 from prefopt.engine.lora import Without, disabled
+from prefopt.engine.memory import give_back
 from prefopt.engine.plan import plan
 from prefopt.engine.ranks import Ranks
 from prefopt.engine.store import Store
@@ -97,6 +98,7 @@ class Cached:
 
     def close(self) -> None:
         self.source = None
+        give_back()
 
     def follow(self, policy: Scorer, step: int) -> None:
         """It stays where it is."""

@@ -101,16 +101,19 @@ def seen(monkeypatch):
     return found, watched
 
 
-def outcome(scorer: Scorer, want: str) -> list[torch.Tensor]:
-    """What is found, and the gradients of all that learns."""
+def outcome(scorer: Scorer, want: str) -> dict[str, torch.Tensor]:
+    """What is found, and the gradients of all that has one, by name."""
     found = run(scorer, TOKENS, (want,), CPU, groups=GROUP)[want]
     (found * torch.linspace(-1, 2, found.numel()).view_as(found)).sum().backward()
-    return [found.detach(), *(p.grad for p in scorer.parameters() if p.grad is not None)]
+    return {"": found.detach()} | {name: p.grad for name, p in scorer.named_parameters() if p.grad is not None}
 
 
-def close(found: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
-    for fast, plain in zip(found, expected, strict=True):
-        torch.testing.assert_close(fast, plain, atol=1e-5, rtol=1e-5)
+def close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    """Each to 1e-6 of its largest number, or of 1."""
+    assert found.keys() == expected.keys()
+    for name, plain in expected.items():
+        size = max(1.0, float(plain.abs().max()))
+        torch.testing.assert_close(found[name], plain, atol=1e-6 * size, rtol=1e-5)
 
 
 def adapted(path: Path) -> torch.nn.Module:
@@ -130,22 +133,25 @@ def test_adapters_learn_as_on_the_plain_path(tiny_model, seen):
     fast.paths = probe(fast, print)
     assert fast.paths.spared == tuple("model.layers.1." + part for part in LLAMA)
     counts.clear()
-    close(outcome(fast, "logps"), outcome(plain, "logps"))
+    found = outcome(fast, "logps")
+    assert sum(".lora_" in name for name in found) == 2 * 2 * 7  # two layers of seven matrices, two factors each
+    close(found, outcome(plain, "logps"))
     assert counts == [5, 3 * 15]
 
 
 def test_a_critic_learns_as_on_the_plain_path(tiny_model, seen):
     counts, watched = seen
     found = []
-    for paths in (PLAIN, Paths("shared", tiled=True, spared=tuple("model.layers.1." + part for part in LLAMA))):
+    for paths in (Paths("shared", tiled=True, spared=tuple("model.layers.1." + part for part in LLAMA)), PLAIN):
         critic = watched(AutoModelForSequenceClassification.from_pretrained(tiny_model, num_labels=1))
         torch.nn.init.normal_(critic.score.weight, generator=torch.Generator().manual_seed(0))
         scorer = Scorer(AutoModelForCausalLM.from_pretrained(tiny_model))
         scorer.value_by(Scorer(critic), print)
         scorer.paths = scorer.critic.paths = paths
         found.append(outcome(scorer, "values"))
+    assert {"critic.network.score.weight", "critic.network.model.layers.1.mlp.up_proj.weight"} < found[0].keys()
     close(*found)
-    assert counts == [3 * 15, 5]
+    assert counts == [5, 3 * 15]
 
 
 @pytest.mark.parametrize("layout", ["causal", "shared"])
@@ -153,12 +159,12 @@ def test_log_probabilities_and_gradients_are_those_of_the_plain_path(tiny_model,
     """Also where two completions are predicted by one and the same token."""
     counts, watched = seen
     found = []
-    for paths in (PLAIN, Paths(layout, tiled=True, spared=tuple("model.layers.1." + part for part in LLAMA))):
+    for paths in (Paths(layout, tiled=True, spared=tuple("model.layers.1." + part for part in LLAMA)), PLAIN):
         network = watched(AutoModelForCausalLM.from_pretrained(tiny_model))
         found.append(outcome(Scorer(network, paths=paths), "logps"))
     close(*found)
     predicting = 2 + 3 + 1 - (layout == "shared")  # tokens that predict one of a completion, a shared one once
-    assert counts == [3 * 15, predicting]
+    assert counts == [predicting, 3 * 15]
 
 
 def test_of_a_reward_model_only_the_last_tokens_are_looked_at(tiny_model, seen):
