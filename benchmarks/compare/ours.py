@@ -83,9 +83,10 @@ def reference_pass(loop: Loop, steps: range) -> float:
     if not isinstance(loop.reference, Cached):
         return 0.0
     forwarder = loop.forwarder
-    own = Resident(loop.scorer, forwarder.ranks.device, forwarder.budget, frozen=True)
+    device, budget = forwarder.ranks.device, forwarder.budget
     with tempfile.TemporaryDirectory() as folder:
-        empty = Cached(own, Store(Path(folder) / "reference.sqlite"))
+        store = Store(Path(folder) / "reference.sqlite")
+        empty = Cached(Resident(loop.scorer, device, budget, frozen=True), store)
         began = time.perf_counter()
         for step in steps:
             built = loop.assembler(loop.order.step(step))

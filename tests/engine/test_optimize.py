@@ -100,3 +100,24 @@ def test_lasting_gradients_are_zeroed_and_others_dropped():
     assert lasting.grad is kept
     assert not kept.any()
     assert net[0].bias.grad is None
+
+
+def test_moments_are_there_before_the_first_step_and_are_those_that_pytorch_makes():
+    torch.manual_seed(0)
+    layers = [torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)]
+    layers[1].load_state_dict(layers[0].state_dict())
+    ours = Optimizer(layers[0], OptimConfig(lr=0.1, weight_decay=0.0))
+    assert {name: float(x.abs().sum()) for name, x in ours.state().items()} == dict.fromkeys(
+        [f"{p}.{of}" for p in ("weight", "bias") for of in ("step", "exp_avg", "exp_avg_sq")], 0.0
+    )
+    settings = {"lr": 0.1, "betas": ours.config.betas, "eps": ours.config.eps, "weight_decay": 0.0}
+    theirs = torch.optim.AdamW(layers[1].parameters(), fused=True, **settings)
+    for _ in range(3):
+        for layer, step in zip(layers, (lambda: ours.step(0.1), theirs.step), strict=True):
+            layer(torch.ones(4, 3)).square().sum().backward()
+            step()
+    for p, name in ((layers[1].weight, "weight"), (layers[1].bias, "bias")):
+        assert torch.equal(p, dict(layers[0].named_parameters())[name])
+        for of, x in theirs.state[p].items():
+            assert torch.equal(x, ours.state()[f"{name}.{of}"])
+            assert x.dtype == ours.state()[f"{name}.{of}"].dtype
