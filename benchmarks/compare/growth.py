@@ -3,8 +3,8 @@
     python benchmarks/compare/growth.py WORKLOAD PEER_PYTHON OUT.json [length | vocabulary | prompt ...]
 
 Seconds are those of a step and of the reference's pass over its rows, the median of all steps but the first. Texts are
-random words that are one token each, models random. Exponents are slopes of log against log by least squares. Memory is the peak of the whole process less weights,
-gradients and the two moments of AdamW, 16 bytes a weight.
+random words that are one token each, models random. Exponents are slopes of log against log by least squares. Memory
+is the peak of the whole process less weights, gradients and the two moments of AdamW, 16 bytes a weight.
 """
 
 from __future__ import annotations
