@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import os
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,12 +12,14 @@ from prefopt.data.render import Tokens
 from prefopt.engine import fewrows
 from prefopt.engine.forward import Scorer
 from prefopt.engine.layout import PLAIN, Paths
+from prefopt.engine.memory import keep_freed
 from prefopt.engine.ranks import Ranks
 from prefopt.engine.reference import Cached, Moving, Resident, fingerprint
 from prefopt.engine.store import Store
 from prefopt.errors import ResourceError
 
 CPU = torch.device("cpu")
+STATM = Path("/proc/self/statm")
 
 
 @pytest.fixture
@@ -109,6 +113,19 @@ def test_sharing_scores_each_group_once_and_outlives_the_model_and_the_process(s
     expected = original(Resident(scorer, CPU, budget=1), tokens, alone(tokens))
     for kept in (cache, again):
         assert all(torch.equal(a, b) for a, b in zip(kept.logps(tokens, alone(tokens)), expected, strict=True))
+
+
+@pytest.mark.skipif(not STATM.exists(), reason="this system does not say what is resident")
+def test_a_reference_that_is_given_up_leaves_its_memory_to_the_system(scorer, tmp_path):
+    def resident_bytes() -> int:
+        return int(STATM.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    keep_freed()
+    cache = Cached(Resident(scorer, CPU, budget=100), Store(tmp_path / "reference.sqlite"))
+    cache.source.weights = torch.ones(2**24)
+    before = resident_bytes()
+    cache.close()
+    assert before - resident_bytes() > 60 * 2**20
 
 
 def test_other_weights_paths_or_precision_have_keys_of_their_own(tiny_model, scorer):
