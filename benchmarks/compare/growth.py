@@ -1,6 +1,6 @@
-"""How time and memory grow, on pairs of exact lengths: with length, with the vocabulary, with the prompt beside TRL.
+"""How time and memory grow, on pairs of exact lengths: with length, the vocabulary, the batch, and the prompt beside TRL.
 
-    python benchmarks/compare/growth.py WORKLOAD PEER_PYTHON OUT.json [length | vocabulary | prompt ...]
+    python benchmarks/compare/growth.py WORKLOAD PEER_PYTHON OUT.json [length | vocabulary | batch | prompt ...]
 
 Seconds are those of a step and of the reference's pass over its rows, the median of all steps but the first. Texts are
 random words that are one token each, models random. Exponents are slopes of log against log by least squares. Memory
@@ -31,10 +31,11 @@ from prefopt.bench.report import commit_of
 STEPS = 3
 LENGTHS = (128, 256, 512, 960)
 VOCABULARIES = (16_000, 32_000, 64_000, 128_000)
+BATCHES = (1, 2, 4, 8, 16, 32)
 PROMPTS = (64, 256, 512, 896)
 
 
-def workload(source: Path, out: Path, prompt: int, completion: int, vocabulary: int = 32_000) -> Path:
+def workload(source: Path, out: Path, prompt: int, completion: int, vocabulary: int = 32_000, batch: int = 8) -> Path:
     """Pairs of `prompt` and twice `completion` tokens (with its end) and a random model of `vocabulary` words."""
     reader = AutoTokenizer.from_pretrained(source / "model")
     words = [w[1:] for w in reader.get_vocab() if w[0] == "Ġ" and w[1:].isalpha() and w[1:].isascii()]
@@ -45,7 +46,7 @@ def workload(source: Path, out: Path, prompt: int, completion: int, vocabulary: 
 
     rows = [
         {"prompt": text(prompt), "chosen": text(completion - 1), "rejected": text(completion - 1)}
-        for _ in range(8 * STEPS)
+        for _ in range(batch * STEPS)
     ]
     assert all(len(reader(row["prompt"] + row["chosen"])["input_ids"]) == prompt + completion - 1 for row in rows)
     out.mkdir(parents=True)
@@ -88,6 +89,15 @@ def vocabularies(source: Path, folder: Path) -> dict[str, Any]:
     return {"mb_beyond_16_bytes_a_weight": by_words, "memory_exponent": exponents}
 
 
+def batches(source: Path, folder: Path) -> dict[str, Any]:
+    """With the pairs of a step, prefopt alone."""
+    found = {}
+    for size in BATCHES:
+        made = workload(source, folder / f"b{size}", 128, 64, batch=size)
+        found[size] = measure(ours(made, "dpo", STEPS, f"optim.batch_size={size}"))
+    return {"pairs": found, "time_exponent": exponent(BATCHES, [f["seconds"] for f in found.values()])}
+
+
 def prompts(source: Path, folder: Path, python: str) -> dict[str, Any]:
     """With the prompt, completions of 64 tokens: prefopt and TRL one row at a time."""
     found: dict[str, dict[int, float]] = {"prefopt": {}, "TRL": {}}
@@ -102,7 +112,7 @@ def prompts(source: Path, folder: Path, python: str) -> dict[str, Any]:
 
 def main() -> None:
     source, python, out = Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
-    parts = {"length": lengths, "vocabulary": vocabularies, "prompt": partial(prompts, python=python)}
+    parts = {"length": lengths, "vocabulary": vocabularies, "batch": batches, "prompt": partial(prompts, python=python)}
     found: dict[str, Any] = json.loads(out.read_text("utf-8")) if out.exists() else {}
     with tempfile.TemporaryDirectory() as folder:
         for name in sys.argv[4:] or parts:
