@@ -1,4 +1,4 @@
-"""How time and memory grow, on pairs of exact lengths: with length, vocabulary and batch, and with the prompt beside TRL.
+"""How time and memory grow, on pairs of exact lengths: with length, vocabulary, batch, and with the prompt beside TRL.
 
     python benchmarks/compare/growth.py WORKLOAD PEER_PYTHON OUT.json [length | vocabulary | batch | prompt ...]
 
