@@ -4,7 +4,8 @@
 
 Seconds are those of a step and of the reference's pass over its rows, the median of all steps but the first. Texts are
 random words that are one token each, models random. Exponents are slopes of log against log by least squares. Memory
-is the peak of the whole process less weights, gradients and the two moments of AdamW, 16 bytes a weight.
+with the vocabulary is the most that tensors take in a step beyond weights, gradients and the moments of AdamW, counted
+allocation by allocation as the profiler tells them.
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ import json
 import random
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from datetime import date
 from functools import partial
+from itertools import accumulate
 from math import log
 from pathlib import Path
 from statistics import linear_regression, median
@@ -23,16 +26,25 @@ from typing import Any
 
 import torch
 from compare import Side, ours, peer
+from ours import build
+from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from worker import roof
 
 from prefopt.bench.report import commit_of
+from prefopt.engine.loop import Loop
 
 STEPS = 3
 LENGTHS = (128, 256, 512, 960)
 VOCABULARIES = (16_000, 32_000, 64_000, 128_000)
 BATCHES = (1, 2, 4, 8, 16, 32)
 PROMPTS = (64, 256, 512, 896)
+HEADS: dict[str, list[str]] = {
+    "default": [],
+    "256 MB": [f"optim.head_bytes={256 << 20}"],
+    "nothing kept": ["optim.head_bytes=0"],
+}
+TIMED = 3
 
 
 def workload(source: Path, out: Path, prompt: int, completion: int, vocabulary: int = 32_000, batch: int = 8) -> Path:
@@ -77,16 +89,41 @@ def lengths(source: Path, folder: Path) -> dict[str, Any]:
 
 
 def vocabularies(source: Path, folder: Path) -> dict[str, Any]:
-    """With the vocabulary, prefopt alone."""
-    by_words: dict[str, dict[int, float]] = {}
+    """With the vocabulary, prefopt alone, by what the head may keep for its backward pass; steps in turn."""
+    seconds: dict[str, dict[int, float]] = {name: {} for name in HEADS}
+    memory: dict[str, dict[int, float]] = {name: {} for name in HEADS}
     for size in VOCABULARIES:
         made = workload(source, folder / f"v{size}", 128, 64, size)
-        weights = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(made / "model").parameters())
-        for head, more in {"default": [], "nothing kept": ["optim.head_bytes=0"]}.items():
-            found = measure(ours(made, "dpo", STEPS, *more))
-            by_words.setdefault(head, {})[size] = found["peak_mb"] - 16 * weights / 2**20
-    exponents = {head: exponent(VOCABULARIES, [*beyond.values()]) for head, beyond in by_words.items()}
-    return {"mb_beyond_16_bytes_a_weight": by_words, "memory_exponent": exponents}
+        loops = {
+            name: build(made, "dpo", STEPS, Path(tempfile.mkdtemp(dir=folder)), more) for name, more in HEADS.items()
+        }
+        rounds = [{name: _seconds(loop, 1) for name, loop in loops.items()} for _ in range(1 + TIMED)][1:]
+        for name, loop in loops.items():
+            seconds[name][size] = median(taken[name] for taken in rounds)
+            memory[name][size] = _most_mb(loop, 2)
+    exponents = {name: exponent(VOCABULARIES, [*by_size.values()]) for name, by_size in memory.items()}
+    return {"mb": memory, "memory_exponent": exponents, "seconds": seconds}
+
+
+def _seconds(loop: Loop, step: int) -> float:
+    began = time.perf_counter()
+    loop.step(step)
+    return time.perf_counter() - began
+
+
+def _most_mb(loop: Loop, step: int) -> float:
+    """The most that tensors take in a step, in MB, beyond weights, moments and gradients; those that do not last from
+    step to step are all there when the last micro-batch begins."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        loop.step(step)
+    with tempfile.NamedTemporaryFile(suffix=".json") as file:
+        profiled.export_chrome_trace(file.name)
+        events = json.loads(Path(file.name).read_text("utf-8"))["traceEvents"]
+    changes = [(e["ts"], e["args"]["Bytes"]) for e in events if e["name"] == "[memory]"]
+    most = max(accumulate(change for _, change in sorted(changes)))
+    optimizer = loop.optimizer
+    gradients = sum(p.nbytes for p in optimizer.named.values() if id(p) not in optimizer.lasting)
+    return (most - gradients) / 2**20
 
 
 def batches(source: Path, folder: Path) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 
 Layer = Callable[[Tensor], Tensor]
 TILE_BYTES = 32 << 20
-KEEP_BYTES = 256 << 20
+KEEP_BYTES = 96 << 20
 
 
 @dataclass(frozen=True, slots=True)
