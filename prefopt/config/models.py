@@ -174,8 +174,9 @@ class OptimConfig(Section):
     1,024 on a CPU, 8,192 there for models of up to 10 million weights, 16,384 on CUDA."""
     forward: Literal["fast", "plain"] = "fast"
     """`fast` takes every shortcut that agrees with the plain path on this model; `plain` takes none."""
-    head_bytes: NonNegativeInt = 96 * 2**20
-    """What the fast path may keep of the logits of one forward pass; beyond it they are computed again."""
+    head_bytes: NonNegativeInt | None = None
+    """What the fast path may keep of the logits of one forward pass; beyond it they are computed again. Default: a byte
+    for each weight outside of the vocabulary, at least 64 MB and at most 256 MB."""
     gradient_checkpointing: bool = False
     """Keep the inputs of each layer only and compute the rest again in the backward pass: less memory, a third more
     time."""

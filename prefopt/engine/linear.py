@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 
 Layer = Callable[[Tensor], Tensor]
 TILE_BYTES = 32 << 20
-KEEP_BYTES = 96 << 20
+KEEP_BYTES = 64 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +131,7 @@ class _LinearLogps(torch.autograd.Function):
                 if z.nbytes <= left:
                     kept[part.start] = z
                     left -= z.nbytes
+                del z  # before the next product makes another
         ctx.save_for_backward(hidden, weight, bias, targets, total, entropy)
         ctx.settings, ctx.kept = settings, kept
         ctx.mark_non_differentiable(collision)
@@ -152,6 +153,7 @@ class _LinearLogps(torch.autograd.Function):
                     logps, targets[part], grad[part], settings, entropy[part], grad_entropy[part], total[part]
                 )
                 slopes.add(part, slope)
+                del logps, slope
         return (*slopes.like(hidden, weight, bias), None, None)
 
 

@@ -17,8 +17,9 @@ from prefopt.data.render import Tokens
 from prefopt.engine.forward import Scorer, run
 from prefopt.engine.lastlayer import spared
 from prefopt.engine.layout import PLAIN, Paths
-from prefopt.engine.linear import KEEP_BYTES
 
+KEPT = (64 << 20, 256 << 20)
+"""The least and the most bytes of logits that are kept unless told otherwise: one for each weight between them."""
 WINDOW = 4
 TOLERANCE = 1e-4
 GROUPS = (0, 0, 1, 2, 2, 2, *(3,) * 6)
@@ -26,14 +27,15 @@ LENGTHS = ((9, 5), (9, 8), (12, 3), (1, 6), (1, 2), (1, 9), *((5, 4 + n % 3) for
 """Prompt and completion of each sequence: longer than the window, one prompt of a single token, one of many samples."""
 
 
-def probe(scorer: Scorer, warn: Callable[[str], None], keep_bytes: int = KEEP_BYTES) -> Paths:
+def probe(scorer: Scorer, warn: Callable[[str], None], keep_bytes: int | None = None) -> Paths:
     """The fastest paths that agree with each sequence scored alone, in values and in a gradient; `warn` hears what does
-    not.
+    not. Of logits they keep `keep_bytes`, or what suits the size of the model, whatever its vocabulary.
 
     A sliding window is narrowed meanwhile, so that the probe reaches beyond it. The scorer is as before afterwards.
     """
     before, reach = scorer.paths, _reach(scorer)
-    tiled = [Paths(layout, tiled=True, keep_bytes=keep_bytes, reach=reach) for layout in ("shared", "causal")]
+    keep = min(max(_weights(scorer), KEPT[0]), KEPT[1]) if keep_bytes is None else keep_bytes
+    tiled = [Paths(layout, tiled=True, keep_bytes=keep, reach=reach) for layout in ("shared", "causal")]
     whole = [Paths(layout, reach=reach) for layout in ("shared", "causal")]
     try:
         with narrow(scorer.config):
@@ -109,9 +111,13 @@ def narrow(config: Any) -> Iterator[None]:
 def _reach(scorer: Scorer) -> float:
     """The row length at which attention costs as much as the matrix products: N / (L a), of N weights in L layers with
     heads a wide together."""
-    network: Any = scorer.network
     config = scorer.config
-    vectors = network.get_input_embeddings().weight.numel()
-    weights = sum(p.numel() for p in network.base_model.parameters()) - vectors
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return float(weights / (config.num_hidden_layers * config.num_attention_heads * size))
+    return float(_weights(scorer) / (config.num_hidden_layers * config.num_attention_heads * size))
+
+
+def _weights(scorer: Scorer) -> int:
+    """How many there are outside of the vocabulary."""
+    network: Any = scorer.network
+    vectors = network.get_input_embeddings().weight.numel()
+    return int(sum(p.numel() for p in network.base_model.parameters()) - vectors)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+from itertools import accumulate
+
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from prefopt.engine.linear import Head, Shape, linear_kl, linear_logps
 
@@ -123,3 +127,18 @@ def test_the_gradient_of_the_matrix_is_added_where_it_lies():
     linear_kl(made[0], head, others[0], Head(others[1]), into=into).sum().backward()
     assert torch.allclose(into, 1 + expected + by_kl, atol=1e-12)
     assert made[1].grad is None
+
+
+@pytest.mark.parametrize(("kept", "entropy", "held"), [(0, False, 1), (2, False, 3), (8, False, 8), (2, True, 5)])
+def test_beside_what_is_kept_there_is_one_tile(kept, entropy, held, tmp_path):
+    """Of eight tiles; the entropy's slope needs two more. Counted allocation by allocation."""
+    made = [torch.randn(size).requires_grad_() for size in ((64, 4), (8192, 4))]
+    targets, tile = torch.randint(8192, (64,)), 8 * 8192 * 4
+    into = torch.zeros_like(made[1])
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        settings = {"entropy": entropy, "keep_bytes": kept * tile, "tile_bytes": tile, "into": into}
+        sum(x.sum() for x in linear_logps(*made, targets, **settings)[:2]).backward()
+    profiled.export_chrome_trace(str(tmp_path / "trace.json"))
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    changes = sorted((event["ts"], event["args"]["Bytes"]) for event in events if event["name"] == "[memory]")
+    assert held * tile <= max(accumulate(change for _, change in changes)) < (held + 0.5) * tile

@@ -64,3 +64,14 @@ def test_a_probe_leaves_no_trace(network):
     assert scorer.paths == before
     assert network.config.sliding_window == 77
     assert all(p.grad is None for p in scorer.parameters())
+
+
+def test_what_is_kept_of_logits_depends_on_the_size_of_the_model_not_on_its_vocabulary(network, monkeypatch):
+    assert probe(Scorer(network), print).keep_bytes == 64 << 20
+    assert probe(Scorer(network), print, 0).keep_bytes == 0
+    whole, words = sum(p.numel() for p in network.parameters()), network.lm_head.weight.numel()
+    tied = network.lm_head.weight is network.model.embed_tokens.weight
+    monkeypatch.setattr("prefopt.engine.probe.KEPT", (0, 256 << 20))
+    assert probe(Scorer(network), print).keep_bytes == whole - words * (1 if tied else 2)
+    monkeypatch.setattr("prefopt.engine.probe.KEPT", (0, 100))
+    assert probe(Scorer(network), print).keep_bytes == 100
