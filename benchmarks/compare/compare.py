@@ -1,7 +1,7 @@
 """prefopt and TRL side by side: equality first, then interleaved blocks of steps on the same pairs.
 
     python benchmarks/compare/compare.py WORKLOAD PEER_PYTHON OUT.json [--methods dpo,sft] [--blocks 5] [--rows 1,2,4,8]
-        [--precision bfloat16]
+        [--precision bfloat16] [--once]
 
 WORKLOAD is made by `workload.py`, PEER_PYTHON is the interpreter of the environment made by `make_venv.sh`. TRL runs
 in its default layout (the whole step in one forward pass) and at its best: the fastest of several numbers of rows at a
@@ -13,6 +13,9 @@ sides run within minutes of each other. OUT keeps what it has of other methods.
 A step of grpo and rloo draws 8 completions of 64 tokens for each of 4 prompts, scores them and makes one update. What
 our side draws is given to the other for the comparison of losses and gradients, and where KL costs something both get a
 random model for the reference, so that it counts from the first step on; in the blocks each draws for itself.
+
+`--once` is for what takes minutes a step: the first step alone, of ours and of TRL at its best with the rows named, one
+after the other, warming up included; only their losses are compared.
 """
 
 from __future__ import annotations
@@ -266,6 +269,24 @@ def compare(
     }
 
 
+def once(python: str, workload: Path, method: str, rows: int, precision: str) -> dict[str, Any]:
+    """The first step of both sides."""
+    sides = [
+        ours(workload, method, 1, f"optim.precision={precision}"),
+        peer(python, workload, method, 1, rows, "best", f"precision={precision}"),
+    ]
+    found = {}
+    for side in sides:
+        with side:
+            seconds = side.train(1, count=False)[0]
+        found[side.name] = {"seconds": seconds, "loss": side.losses[0], "peak_mb": side.peak_mb}
+        print(f"{method:13s} {side.name:40s} {seconds:7.2f} s  loss {side.losses[0]:.5f}", flush=True)
+    mine, theirs = (side.losses[0] for side in sides)
+    if abs(mine - theirs) > LIMITS[precision][0] * abs(theirs):
+        raise SystemExit(f"{method}: the losses of the two sides differ")
+    return {"date": date.today().isoformat(), "commit": commit_of()[:7], "first_step": found}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("workload", type=Path)
@@ -275,12 +296,18 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=5)
     parser.add_argument("--rows", default="", help="rows at a time to try for TRL's best (default: several)")
     parser.add_argument("--precision", default="float32", choices=LIMITS)
+    parser.add_argument("--once", action="store_true", help="the first step alone, with one number of rows")
     options = parser.parse_args()
     results = json.loads(options.out.read_text("utf-8")) if options.out.exists() else {}
     rows = [int(n) for n in options.rows.split(",") if n]
     for method in options.methods.split(","):
+        name = method if options.precision == "float32" else f"{method}, {options.precision}"
+        if options.once:
+            results[f"{name}, once"] = once(options.python, options.workload, method, (rows or [1])[0], options.precision)
+            options.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+            continue
         result = compare(options.python, options.workload, method, options.blocks, rows, options.precision)
-        results[method if options.precision == "float32" else f"{method}, {options.precision}"] = result
+        results[name] = result
         options.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
         for name, found in result["sides"].items():
             times = result["times_slower_than_prefopt"][name]
