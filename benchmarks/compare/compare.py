@@ -303,7 +303,9 @@ def main() -> None:
     for method in options.methods.split(","):
         name = method if options.precision == "float32" else f"{method}, {options.precision}"
         if options.once:
-            results[f"{name}, once"] = once(options.python, options.workload, method, (rows or [1])[0], options.precision)
+            results[f"{name}, once"] = once(
+                options.python, options.workload, method, (rows or [1])[0], options.precision
+            )
             options.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
             continue
         result = compare(options.python, options.workload, method, options.blocks, rows, options.precision)
