@@ -69,8 +69,7 @@ class Arena(Protocol):
 
     def advance(self, tokens: Tensor, positions: Tensor, width: int) -> Tensor:
         """Reads one token more in each of the first n slots, behind what stands before its position. `tokens` and
-        `positions` [n], all of these below `width`. The logits after it, [n, V], which may be changed in place within
-        `torch.inference_mode` alone."""
+        `positions` [n], all of these below `width`. The logits after it, [n, V]."""
 
 
 Drawer = Callable[[List[Request]], Iterable[tuple[int, Completion]]]

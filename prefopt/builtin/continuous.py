@@ -130,10 +130,6 @@ class _Rows:
         self.greedy[slot], self.over[slot] = greedy or request.greedy, False
         self.uniforms[slot, :room] = torch.from_numpy(uniforms(request, room))
 
-    def next(self, n: int) -> tuple[Tensor, Tensor]:
-        """The tokens that the first n rows read next, and their positions."""
-        return self.last[:n], self.base[:n] + self.count[:n]
-
     def add(self, n: int, tokens: Tensor, logps: Tensor, ends: Tensor) -> None:
         """A token for each of the first n rows; one that is over stays as it is."""
         rows, count, going = torch.arange(n, device=tokens.device), self.count[:n], ~self.over[:n]
@@ -252,12 +248,9 @@ class _Drawing:
 
     def _step(self, n: int, width: int) -> None:
         """One token more for each of the first n rows."""
-        with torch.inference_mode():
-            logits = [arena.advance(*self.rows.next(n), width) for arena in self.arenas]
-            self._choose(n, logits)
-
-    def _choose(self, n: int, logits: list[Tensor]) -> None:
         rows = self.rows
+        positions = rows.base[:n] + rows.count[:n]
+        logits = [arena.advance(rows.last[:n], positions, width) for arena in self.arenas]
         if self.sampler.min_new_tokens:
             early = rows.count[:n, None] < self.sampler.min_new_tokens
             for x in logits:

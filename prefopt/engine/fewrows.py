@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from functools import partial
-from operator import is_
 from typing import Any
 
 import torch
@@ -48,9 +47,8 @@ class Step:
         filled = [rows + [0] * (most - len(rows)) for rows in within]
         self.spread = torch.tensor(filled, dtype=torch.long).view(self.places, most)
         """Which rows have their prompt in each place, and row 0 as often as needed. [places, most]"""
-        self.back = torch.tensor(back, dtype=torch.long).view(-1, 2)
-        """The place of each row, and where it is among those that have it. [rows, 2]"""
-        self.orders: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        self.back = torch.tensor([place * most + i for place, i in back])
+        """Where among them each row is. [rows]"""
         self.biases: dict[int, tuple[Tensor, Tensor]] = {}
 
     def knows(self, asked: Asked) -> bool:
@@ -62,35 +60,20 @@ class Step:
         return fits and mask.shape == (n, 1, 1, self.longest + self.width)
 
     def bias(self, mask: Tensor) -> Tensor:
-        """0 where a row may look, the lowest number elsewhere, [rows, 1, 1, longest + width]; of rows with prompts by
-        place, [places, 1, most, 1, longest + width]. Made once for each mask, which is kept: what its number stands for
-        must not change."""
+        """0 where a row may look, the lowest number elsewhere. Made once for each mask, which is kept: what its number
+        stands for must not change."""
         if id(mask) not in self.biases:
             lowest = torch.finfo(torch.float32).min
-            bias = torch.zeros(mask.shape).masked_fill_(~mask, lowest)
-            self.biases[id(mask)] = mask, bias[self.spread].transpose(1, 2) if self.places else bias
+            self.biases[id(mask)] = mask, torch.zeros(mask.shape).masked_fill_(~mask, lowest)
         return self.biases[id(mask)][1]
 
-    def by_place(self, rows: Tensor) -> Tensor:
-        """[rows, K, g, D] -> [places x K, most x g, D]."""
-        _, heads, queries, size = rows.shape
-        found = rows.reshape(-1, size).index_select(0, self._order(heads, queries)[0])
-        return found.view(self.places * heads, -1, size)
-
-    def by_row(self, found: Tensor, heads: int, queries: int) -> Tensor:
-        """[places x K, most x g, D] -> [rows, K, g, D]."""
-        rows = found.flatten(0, 1).index_select(0, self._order(heads, queries)[1])
-        return rows.view(self.rows, heads, queries, -1)
-
-    def _order(self, heads: int, queries: int) -> tuple[Tensor, Tensor]:
-        """Which of rows x K x g stands where among places x K x most x g, and which of these where among those."""
-        if (heads, queries) not in self.orders:
-            head, query = torch.arange(heads)[:, None, None], torch.arange(queries)
-            there = (self.spread[:, None, :, None] * heads + head) * queries + query
-            place, among = (x[:, None, None] for x in self.back.unbind(1))
-            back = ((place * heads + head[:, 0]) * self.spread.shape[1] + among) * queries + query
-            self.orders[heads, queries] = there.flatten(), back.flatten()
-        return self.orders[heads, queries]
+    def together(self, rows: Tensor, matrices: Tensor) -> Tensor:
+        """Rows [n, K, g, D] times the matrices of their places [places, K, D, E], each of which is read once;
+        [n, K, g, E]."""
+        (_, heads, queries, size), (places, most) = rows.shape, self.spread.shape
+        asked = rows[self.spread].transpose(1, 2).reshape(places * heads, most * queries, size)
+        found = torch.bmm(asked, matrices.flatten(0, 1)).view(places, heads, most, queries, -1)
+        return found.transpose(1, 2).flatten(0, 1)[self.back]
 
 
 _product: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
@@ -105,23 +88,24 @@ class Product:
     def __init__(self, layers: Sequence[nn.Linear]) -> None:
         self.layers = layers
         self.sizes = [len(layer.weight) for layer in layers]
-        self.parts: list[Tensor] = []
-        self.versions: list[int] = []
-        """What it was packed from."""
+        self.made: list[tuple[Tensor, int]] = []
+        """The matrices that it was packed from, each with its version."""
         self.packed: Tensor | None = None
         self.bias: Tensor | None = None
         self.clear()
 
     def ready(self) -> None:
-        """Packs matrices and biases if one of them has changed."""
-        parts: list[Tensor] = [x for layer in self.layers for x in layer._parameters.values() if x is not None]
-        versions = [x._version for x in parts]
-        if versions == self.versions and all(map(is_, parts, self.parts)):
-            return
-        weights, biases = ([x for x in parts if x.dim() == dim] for dim in (2, 1))
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(_one(weights), USUAL)
-        self.bias = _one(biases) if biases else None
-        self.parts, self.versions = parts, versions
+        """Packs the matrices if one of them has changed."""
+        weights: list[Tensor] = [layer.weight for layer in self.layers]
+        same = all(
+            new is old and new._version == version for new, (old, version) in zip(weights, self.made, strict=False)
+        )
+        if not same or not self.made:
+            matrix = weights[0] if len(weights) == 1 else torch.cat(weights)
+            self.packed = torch.ops.mkldnn._reorder_linear_weight(matrix.detach(), USUAL)
+            self.made = [(weight, weight._version) for weight in weights]
+        biases: list[Tensor] = [layer.bias for layer in self.layers if layer.bias is not None]
+        self.bias = None if not biases else biases[0] if len(biases) == 1 else torch.cat(biases)
 
     def clear(self) -> None:
         self.input: Tensor | None = None
@@ -137,10 +121,6 @@ class Product:
             self.input = input
             self.outputs = _product(input, self.packed, self.bias, "none", [], "").split_with_sizes(self.sizes, -1)
         return self.outputs[place].contiguous()
-
-
-def _one(parts: Sequence[Tensor]) -> Tensor:
-    return parts[0].detach() if len(parts) == 1 else torch.cat([x.detach() for x in parts])
 
 
 def packed(layer: nn.Linear) -> Callable[[Tensor], Tensor] | None:
@@ -261,15 +241,14 @@ def _attention(asked: Asked, step: Step) -> Tensor:
     assert asked.attn_mask is not None
     n, heads, tokens, width = asked.query.shape
     query = asked.query.reshape(n, asked.key.shape[1], -1, width) * asked.factor
-    own, bias = torch.matmul(query, asked.key.transpose(2, 3)), step.bias(asked.attn_mask)
-    if not step.longest:
-        return torch.matmul(own.add_(bias).softmax(-1), asked.value).view(n, heads, tokens, -1)
-    keys, values = (x[: step.places, :, : step.longest].flatten(0, 1) for x in step.prompts)
-    scores = torch.cat([torch.bmm(step.by_place(query), keys.transpose(1, 2)), step.by_place(own)], -1)
-    by_query = scores.view(step.places, query.shape[1], -1, query.shape[2], scores.shape[-1])
-    weights = by_query.add_(bias).softmax(-1).view_as(scores)
-    found = step.by_row(torch.bmm(weights[..., : step.longest], values), *query.shape[1:3])
-    found += torch.matmul(step.by_row(weights[..., step.longest :], *query.shape[1:3]), asked.value)
+    common = [x[: step.places, :, : step.longest] for x in step.prompts]
+    scores = torch.matmul(query, asked.key.transpose(2, 3))
+    if step.longest:
+        scores = torch.cat([step.together(query, common[0].transpose(2, 3)), scores], -1)
+    weights = scores.add_(step.bias(asked.attn_mask)).softmax(-1)
+    found = torch.matmul(weights[..., step.longest :], asked.value)
+    if step.longest:
+        found += step.together(weights[..., : step.longest], common[1])
     return found.view(n, heads, tokens, -1)
 
 

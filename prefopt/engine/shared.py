@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from prefopt.engine.fewrows import Step, able
-from prefopt.engine.slots import Layer, Slots, one_each, parts
+from prefopt.engine.slots import Layer, Slots, parts
 
 NOWHERE = 1 << 40
 """A position beyond every row."""
@@ -44,10 +44,10 @@ class SharedLayer(Layer):
         return new
 
     def extend(  # type: ignore[override]
-        self, at: tuple[Any, ...], width: int, step: Step, keys: Tensor, values: Tensor
+        self, rows: Tensor, columns: Tensor, width: int, step: Step, keys: Tensor, values: Tensor
     ) -> tuple[Tensor, Tensor]:
         step.prompts = self.prompts
-        return super().extend(at, width, keys, values)
+        return super().extend(rows, columns, width, keys, values)
 
     def swap(self, one: int, other: int) -> None:
         for x in self.prompts:
@@ -72,7 +72,7 @@ class Shared(Slots):
     def _layer(self, slots: int, prompt: int, room: int, whole: int | None) -> Layer:
         return SharedLayer(slots, prompt, room)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def read(self, prompts: List[tuple[int, ...]], slots: List[int]) -> None:
         for slot, prompt in zip(slots, prompts, strict=True):
             self.place[slot], self.size[slot] = -1, len(prompt)
@@ -91,7 +91,7 @@ class Shared(Slots):
             self.place[target], self.size[target] = self.place[source], size
         super().copy(source, targets, length - size)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def advance(self, tokens: Tensor, positions: Tensor, width: int) -> Tensor:
         known = positions.tolist()
         self.size[: len(known)] = [min(pair) for pair in zip(self.size, known, strict=False)]
@@ -99,7 +99,7 @@ class Shared(Slots):
         sizes = torch.tensor(self.size[: len(known)])
         columns = positions - sizes
         step = Step(self.place[: len(known)], max(self.size[: len(known)]), 1 + int(columns.max()))
-        self._pass("extend", one_each(columns), step.width, step)
+        self._pass("extend", torch.arange(len(known)), columns, step.width, step)
         assert self.few_rows is not None
         with self.few_rows.of(step):
             return self._logits(tokens, positions, _standing(sizes, step.longest, step.width))

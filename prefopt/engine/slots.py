@@ -59,11 +59,11 @@ class Layer(CacheLayerMixin):  # type: ignore[misc]
         self.keys[slots, :, :size], self.values[slots, :, :size] = keys, values
         return keys, values
 
-    def extend(self, at: tuple[Any, ...], width: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """One token into each of the first n slots, at `one_each` of their columns; a row sees what stands there."""
+    def extend(self, rows: Tensor, columns: Tensor, width: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """One token into each of the first n slots; a row sees what stands there."""
         self._prepare(width)
-        self.keys[at], self.values[at] = keys[:, :, 0], values[:, :, 0]
-        return self.keys[: len(keys), :, :width], self.values[: len(keys), :, :width]
+        self.keys[rows, :, columns], self.values[rows, :, columns] = keys[:, :, 0], values[:, :, 0]
+        return self.keys[: len(rows), :, :width], self.values[: len(rows), :, :width]
 
     def copy(self, source: int, targets: Tensor, length: int) -> None:
         for x in (self.keys, self.values):
@@ -104,7 +104,7 @@ class Slots:
     def _layer(self, slots: int, prompt: int, room: int, whole: int | None) -> Layer:
         return Layer(slots, prompt + room if whole is None else whole)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def read(self, prompts: List[tuple[int, ...]], slots: List[int]) -> None:
         for part in parts(prompts):
             self._read([prompts[i] for i in part], torch.tensor([slots[i] for i in part], device=self.device))
@@ -115,16 +115,15 @@ class Slots:
         ids = pad_sequence([torch.tensor(prompt) for prompt in prompts], batch_first=True)
         self.network.base_model(input_ids=ids.to(self.device), past_key_values=self.cache, use_cache=True)
 
-    @torch.inference_mode()
     def copy(self, source: int, targets: List[int], length: int) -> None:
         index = torch.tensor(targets, device=self.device)
         for layer in self.layers:
             if length and layer.is_initialized:
                 layer.copy(source, index, length)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def advance(self, tokens: Tensor, positions: Tensor, width: int) -> Tensor:
-        self._pass("extend", one_each(positions), width)
+        self._pass("extend", torch.arange(len(tokens), device=self.device), positions, width)
         with self.few_rows or nullcontext():
             return self._logits(tokens, positions, torch.arange(width, device=self.device))
 
@@ -142,19 +141,6 @@ class Slots:
     def _pass(self, name: str, *arguments: Any) -> None:
         for layer in self.layers:
             layer.way = name, arguments
-
-
-def one_each(columns: Tensor) -> tuple[Any, ...]:
-    """One of the columns of each row in [rows, heads, columns, ...]. On a CPU columns that are all the same are told as
-    one number: that is written faster.
-
-    >>> one_each(torch.tensor([2, 2]))
-    (slice(0, 2, None), slice(None, None, None), 2)
-    """
-    n = len(columns)
-    if columns.device.type == "cpu" and (first := int(columns[0])) == int(columns.max()) == int(columns.min()):
-        return slice(0, n), slice(None), first
-    return torch.arange(n, device=columns.device), slice(None), columns
 
 
 def parts(prompts: List[tuple[int, ...]]) -> Iterator[list[int]]:
