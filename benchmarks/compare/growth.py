@@ -2,14 +2,16 @@
 
     python benchmarks/compare/growth.py WORKLOAD PEER_PYTHON OUT.json [length | vocabulary | batch | prompt ...]
 
-Seconds are those of a step and of the reference's pass over its rows, the median of all steps but the first. Texts are
-random words that are one token each, models random. Exponents are slopes of log against log by least squares. Memory
-with the vocabulary is the most that tensors take in a step beyond weights, gradients and the moments of AdamW, counted
-allocation by allocation as the profiler tells them.
+Seconds are those of a step and of the reference's pass over its rows, the median of all steps but the first; with the
+vocabulary those of a step alone, the same one several times after one to warm up. Texts are random words that are one
+token each, models random. Exponents are slopes of log against log by least squares. Memory with the vocabulary is the
+most that tensors take in a step beyond weights, gradients and the moments of AdamW, counted allocation by allocation as
+the profiler tells them.
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import random
 import sys
@@ -101,6 +103,8 @@ def vocabularies(source: Path, folder: Path) -> dict[str, Any]:
         for name, loop in loops.items():
             seconds[name][size] = median(taken[name] for taken in rounds)
             memory[name][size] = _most_mb(loop, 2)
+        del loops, loop
+        gc.collect()  # before the next: nothing of these may be freed while those are counted
     exponents = {name: exponent(VOCABULARIES, [*by_size.values()]) for name, by_size in memory.items()}
     return {"mb": memory, "memory_exponent": exponents, "seconds": seconds}
 
@@ -113,7 +117,8 @@ def _seconds(loop: Loop, step: int) -> float:
 
 def _most_mb(loop: Loop, step: int) -> float:
     """The most that tensors take in a step, in MB, beyond weights, moments and gradients; those that do not last from
-    step to step are all there when the last micro-batch begins."""
+    step to step are all there when the last of several micro-batches begins."""
+    assert len(loop.forwarder.plan(loop.assembler(loop.order.step(step)))) > 1
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         loop.step(step)
     with tempfile.NamedTemporaryFile(suffix=".json") as file:

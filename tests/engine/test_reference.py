@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -135,7 +136,7 @@ def test_other_weights_paths_or_precision_have_keys_of_their_own(tiny_model, sco
             next(network.parameters())[3, 3] += by
         return fingerprint(Resident(Scorer(network, paths=paths), CPU, 500, dtype))
 
-    assert key() == key()
+    assert key() == key() == key(paths=replace(PLAIN, keep_bytes=5))
     assert len({key(), key("bfloat16"), key(paths=Paths("shared")), key(by=1e-6)}) == 4
 
 
