@@ -304,9 +304,10 @@ def main() -> None:
     options = parser.parse_args()
     results = json.loads(options.out.read_text("utf-8")) if options.out.exists() else {}
     rows = [int(n) for n in options.rows.split(",") if n]
-    if options.once and (len(rows) != 1 or set(options.methods.split(",")) & set(BETA)):
-        parser.error("--once takes one number of --rows, and methods that do not sample")
-    for method in options.methods.split(","):
+    methods = options.methods.split(",")
+    if options.once and (len(rows) != 1 or any(m in BETA or rows[0] in REFUSED.get(m, ()) for m in methods)):
+        parser.error("--once takes one number of --rows, which TRL accepts, and methods that do not sample")
+    for method in methods:
         name = method if options.precision == "float32" else f"{method}, {options.precision}"
         if options.once:
             results[f"{name}, once"] = once(options.python, options.workload, method, rows[0], options.precision)

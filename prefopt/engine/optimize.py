@@ -55,9 +55,8 @@ class Optimizer:
         self.adamw = torch.optim.AdamW(
             [g for g in groups if g["params"]], lr=config.lr, betas=config.betas, eps=config.eps, fused=True
         )
-        for (
-            p
-        ) in self.named.values():  # before what comes and goes in a step: memory would be left in pieces between them
+        # Moments are made before what comes and goes in a step: memory would be left in pieces between them.
+        for p in self.named.values():
             step = torch.zeros((), dtype=torch.float32, device=p.device)
             self.adamw.state[p] = {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
 

@@ -17,8 +17,9 @@ from prefopt.data.render import Tokens
 from prefopt.engine.forward import Scorer, run
 from prefopt.engine.lastlayer import spared
 from prefopt.engine.layout import PLAIN, Paths
+from prefopt.engine.linear import KEEP_BYTES
 
-KEPT = (64 << 20, 256 << 20)
+KEPT = (KEEP_BYTES, 256 << 20)
 """The least and the most bytes of logits that are kept unless told otherwise: one for each weight between them."""
 WINDOW = 4
 TOLERANCE = 1e-4
