@@ -47,6 +47,7 @@ from prefopt.engine.ranks import Ranks
 from prefopt.engine.recompute import prepare
 from prefopt.engine.record import TIMINGS, Recorder, numbers
 from prefopt.engine.reference import AdapterOff, Cached, Moving, Reference, Resident
+from prefopt.engine.remembering import reusing
 from prefopt.engine.rollout import draw
 from prefopt.engine.services import EngineServices, RewardModel
 from prefopt.engine.stops import stop_requests
@@ -179,11 +180,13 @@ class Session:
         forwarder = Forwarder(self.ranks.wrap(scorer), self.ranks, self._budget, config.optim.precision)
         forwarder.temperature = self._temperature
         forwarder.told = bool(config.draws) and told(config.algorithm, self._sampler, config.optim)
+        recall = reusing(config, scorer, self.ranks.world, self._warn)
         optimizer = Optimizer(scorer, config.optim, self._lasting(scorer), self._critic_scale)
         data = (inputs.assembler, inputs.order, inputs.total)
         loop = Loop(config.algorithm, config.optim, *data, config.run.seed, forwarder, optimizer, reference, inputs.mix)
         loop.warn = self._warn
         loop.noise = config.model.embedding_noise
+        loop.recall = recall
         loop.collector = self._collector(loop)
         evaluator = self._evaluator(loop, inputs.held_out)
         if isinstance(reference, Cached):
@@ -307,7 +310,7 @@ class Session:
 
     def _drawer(self, loop: Loop, draw: Draw) -> Drawer:
         """The sampler on the model that a draw comes from."""
-        policy = Model(loop.scorer.network, self.tokenizer, self.ranks.device, self._warn)
+        policy = Model(loop.scorer.network, self.tokenizer, self.ranks.device, self._warn, loop.recall)
         if draw.source == "policy":
             return self._sampler.open(policy)
         assert isinstance(loop.reference, Resident), "a run that draws from the reference keeps it in memory"

@@ -99,7 +99,7 @@ def disagreement(network: Any, maker: Maker) -> str | None:
     read whole; None where they do not. A sliding window is narrowed meanwhile, so that rows reach beyond it."""
     try:
         with narrow(network.config.get_text_config()):
-            found, expected = _stepped(network, maker), _whole(network)
+            found, expected = stepped(network, maker), _whole(network)
     except (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError, KeyError, IndexError) as error:
         return f"{type(error).__name__}: {str(error).partition(chr(10))[0][:120]}"
     known = expected.isfinite()  # a word may be ruled out by a logit of minus infinity
@@ -122,10 +122,16 @@ def _rows(network: Any) -> list[tuple[int, ...]]:
     return [(*prompt, *tail) for prompt, tail in zip([prompts[0], *prompts], tails, strict=True)]
 
 
-def _stepped(network: Any, maker: Maker) -> Tensor:
+def trial(network: Any) -> list[tuple[int, tuple[int, ...]]]:
+    """The rows of the probe, with the lengths of their prompts; the first two have the same."""
+    prompts = _prompts(network)
+    return [(len(prompt), row) for prompt, row in zip((prompts[0], *prompts), _rows(network), strict=True)]
+
+
+def stepped(network: Any, maker: Callable[..., Any]) -> Tensor:
     """The logits of each step, [rows, STEPS, V]."""
-    prompts, rows = _prompts(network), _rows(network)
-    starts = [len(prompt) for prompt in (prompts[0], *prompts)]
+    prompts = _prompts(network)
+    starts, rows = zip(*trial(network), strict=True)
     last = len(rows) - 1
     slots = maker(network, len(rows) + 1, max(starts), STEPS)
     slots.read([prompts[1], prompts[1]], [1, last])  # as when a slot is used again

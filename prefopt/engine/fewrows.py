@@ -78,6 +78,8 @@ class Step:
 
 _product: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 _known = torch.backends.mkldnn.is_available() and _product is not None  # type: ignore[no-untyped-call]
+Heard = Callable[[Tensor, Tensor], None]
+"""Is told each product, with the matrix of its layer."""
 _step: ContextVar[Step | None] = ContextVar("step", default=None)
 """Which step the thread is in."""
 
@@ -92,6 +94,7 @@ class Product:
         """The matrices that it was packed from, each with its version."""
         self.packed: Tensor | None = None
         self.bias: Tensor | None = None
+        self.heard: Heard | None = None
         self.clear()
 
     def ready(self) -> None:
@@ -116,11 +119,19 @@ class Product:
         if not _plain(input):
             return nn.Linear.forward(self.layers[place], input)
         if len(self.sizes) == 1:
-            return _product(input, self.packed, self.bias, "none", [], "")  # type: ignore[no-any-return]
+            found: Tensor = _product(input, self.packed, self.bias, "none", [], "")
+            self._tell([found])
+            return found
         if place == 0 or input is not self.input:
             self.input = input
             self.outputs = _product(input, self.packed, self.bias, "none", [], "").split_with_sizes(self.sizes, -1)
+            self._tell(self.outputs)
         return self.outputs[place].contiguous()
+
+    def _tell(self, outputs: Sequence[Tensor]) -> None:
+        if self.heard is not None:
+            for layer, output in zip(self.layers, outputs, strict=True):
+                self.heard(layer.weight, output)
 
 
 def packed(layer: nn.Linear) -> Callable[[Tensor], Tensor] | None:
@@ -143,10 +154,11 @@ class FewRows:
         self.seen: list[tuple[nn.Linear, Tensor]] = []
         self.products: list[Product] = []
         self.forwards: list[tuple[dict[str, Any], Any]] = [
-            (vars(layer), partial(_watch, self.seen, layer)) for layer in self.layers
+            (vars(layer), partial(self._watch, layer)) for layer in self.layers
         ]
         """What is put into which layers while a step lasts."""
         self.step: Step | None = None
+        self.heard: Heard | None = None
 
     def of(self, step: Step) -> FewRows:
         """Itself, for that step; without one for products alone."""
@@ -177,13 +189,17 @@ class FewRows:
                 for product in self.products
                 for place, layer in enumerate(product.layers)
             ]
+            for product in self.products:
+                product.heard = self.heard
         self.seen.clear()
 
-
-def _watch(seen: list[tuple[nn.Linear, Tensor]], layer: nn.Linear, input: Tensor) -> Tensor:
-    if _plain(input):
-        seen.append((layer, input))
-    return nn.Linear.forward(layer, input)
+    def _watch(self, layer: nn.Linear, input: Tensor) -> Tensor:
+        output = nn.Linear.forward(layer, input)
+        if _plain(input):
+            self.seen.append((layer, input))
+            if self.heard is not None:
+                self.heard(layer.weight, output)
+        return output
 
 
 def _together(seen: Sequence[tuple[nn.Linear, Tensor]]) -> list[list[nn.Linear]]:

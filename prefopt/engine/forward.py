@@ -23,6 +23,7 @@ from prefopt.engine.linear import Head, Layer, Shape, linear_kl, linear_logps
 from prefopt.engine.lora import adapted
 from prefopt.engine.noise import Change, changing
 from prefopt.engine.ranks import unwrap
+from prefopt.engine.recall import Known, Recall, recalled
 from prefopt.engine.recompute import recomputing
 from prefopt.engine.shortrows import ShortRows
 from prefopt.errors import ConfigError
@@ -49,6 +50,7 @@ class Scorer(nn.Module):
         self.recomputed: list[nn.Module] = []
         self.critic: Scorer | None = None
         self.product: Layer | None = None
+        self.recall: Recall | None = None
         width = int(self.config.hidden_size)
         self.value_head = nn.Linear(width, 1) if values else None
         if self.value_head is not None:
@@ -123,11 +125,12 @@ class Scorer(nn.Module):
 
         Positions past a completion hold 0. `noise` is that of this network alone: reference and critic have none.
         """
-        with recomputing(self.recomputed, self._attention), changing(self.network, noise), self._attention():
+        around = recomputing(self.recomputed, self._attention), changing(self.network, noise), self._attention()
+        with around[0], around[1], around[2], recalled(self.recall, packed) as known:
             if set(want) == {"scores"}:
                 return {"scores": self._scores(packed)}
-            compute = self._tiled if self.paths.tiled else self._plain
-            found = compute(packed, want, temperature)
+            tiled = self.paths.tiled
+            found = self._tiled(packed, want, temperature, known) if tiled else self._plain(packed, want, temperature)
             if "values" in want and self.critic is not None:
                 found["values"] = self.critic._judged(packed, packed.source)
         return {name: packed.unpacked(x) for name, x in found.items()}
@@ -155,7 +158,9 @@ class Scorer(nn.Module):
             found["values"] = self._values(out.hidden_states[-1].flatten(0, 1).index_select(0, packed.source))
         return found
 
-    def _tiled(self, packed: Packed, want: Collection[str], temperature: float) -> dict[str, Tensor]:
+    def _tiled(
+        self, packed: Packed, want: Collection[str], temperature: float, known: Known | None
+    ) -> dict[str, Tensor]:
         """From the states that predict a completion token, and no others. [S] each."""
         states = self._states(packed, packed.source)
         found: dict[str, Tensor] = {}
@@ -164,6 +169,7 @@ class Scorer(nn.Module):
         if LINEAR & set(want):
             options: dict[str, Any] = {"entropy": "entropy" in want, "collision": "collision_entropy" in want}
             options |= {"keep_bytes": self.paths.keep_bytes, "into": into, "layer": self.product}
+            options["known"] = None if known is None else known.predicted(head.weight)
             scores = linear_logps(states, head.weight, packed.target, head.bias, head.shape, **options)
             found = {name: x for name, x in scores._asdict().items() if name in want}
         if "token_kl" in want:

@@ -98,7 +98,8 @@ class Packed:
 
     `ids` [R, W]; `attention` [R, W] where padding is masked; `positions`, `branch` [R, W] where rows are shared. For
     each completion token: `source` [S] the flat place of the state that predicts it, `target` [S] its id, `place` [S]
-    where it belongs in a flat [n, T]. `last` [n] is the flat place of each sequence's last token.
+    where it belongs in a flat [n, T]. `last` [n] is the flat place of each sequence's last token, `sequences` those of
+    all its tokens, on the CPU.
     """
 
     ids: Tensor
@@ -110,6 +111,7 @@ class Packed:
     place: Tensor
     last: Tensor
     steps: int
+    sequences: tuple[Tensor, ...] = ()
 
     @classmethod
     def of(cls, tokens: Sequence[Tokens], groups: Sequence[int], paths: Paths) -> Packed:
@@ -139,6 +141,7 @@ class Packed:
             place=torch.cat([i * steps + torch.arange(len(t.completion)) for i, t in enumerate(tokens)]),
             last=torch.stack([places[i][-1] for i in range(len(tokens))]),
             steps=steps,
+            sequences=tuple(places[i] for i in range(len(tokens))),
         )
 
     def to(self, device: torch.device) -> Packed:

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 Layer = Callable[[Tensor], Tensor]
+Lookup = Callable[[slice], Tensor]
 TILE_BYTES = 32 << 20
 KEEP_BYTES = 64 << 20
 
@@ -70,16 +71,17 @@ def linear_logps(
     tile_bytes: int = TILE_BYTES,
     into: Tensor | None = None,
     layer: Layer | None = None,
+    known: Lookup | None = None,
 ) -> Scores:
     """log p of `targets` [S] under softmax(hidden @ weight.T): `hidden` [S, H], `weight` [V, H], `bias` [V].
 
     Sums are in float32 (float64 when given float64). `keep_bytes` is what one call may hold for its backward pass,
     `tile_bytes` what it works on at a time. The gradient of `weight` is added to `into` [V, H], in float32 or better,
     in place of being returned: no second matrix, and no hook on `weight` hears of it. `layer` computes
-    `hidden @ weight.T + bias` [S, V] where nothing is derived from it.
+    `hidden @ weight.T + bias` [S, V] where nothing is derived from it; `known` looks it up, a new tensor each time.
     """
     dtype = _precision(hidden, weight)
-    settings = _Settings(shape or Shape(), entropy, keep_bytes, tile_bytes, into, dtype, collision, layer)
+    settings = _Settings(shape or Shape(), entropy, keep_bytes, tile_bytes, into, dtype, collision, layer, known)
     return Scores(*_LinearLogps.apply(hidden, weight, bias, targets, settings))  # type: ignore[no-untyped-call]
 
 
@@ -94,9 +96,13 @@ class _Settings:
     """Of the operands of products; autocast is over when the backward pass runs, so it is settled before."""
     collision: bool = False
     layer: Layer | None = None
+    known: Lookup | None = None
 
-    def product(self, states: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
-        return _product(states, matrix, bias) if self.layer is None else self.layer(states)
+    def product(self, states: Tensor, part: slice, matrix: Tensor, bias: Tensor | None) -> Tensor:
+        """Of the states in `part`."""
+        if self.known is not None:
+            return self.known(part)
+        return _product(states[part], matrix, bias) if self.layer is None else self.layer(states[part])
 
     def tiles(self, positions: int, vocabulary: int, width: int) -> Iterator[slice]:
         rows = max(1, self.tile_bytes // (vocabulary * width))
@@ -115,10 +121,10 @@ class _LinearLogps(torch.autograd.Function):
         entropy = torch.empty_like(logps) if settings.entropy else logps.new_empty(0)
         collision = torch.empty_like(logps) if settings.collision else logps.new_empty(0)
         kept: dict[int, Tensor] = {}
-        left = settings.keep_bytes if any(ctx.needs_input_grad) else 0
+        left = settings.keep_bytes if any(ctx.needs_input_grad) and settings.known is None else 0
         with torch.autocast(states.device.type, enabled=False):
             for part in settings.tiles(len(states), len(matrix), exact.itemsize):
-                z = settings.shape.logits(settings.product(states[part], matrix, bias))
+                z = settings.shape.logits(settings.product(states, part, matrix, bias))
                 own = targets[part, None]
                 logps[part] = z.gather(1, own).squeeze(1)
                 z = _log_softmax_(z)
@@ -148,7 +154,8 @@ class _LinearLogps(torch.autograd.Function):
             for part in settings.tiles(len(states), len(matrix), total.dtype.itemsize):
                 logps = ctx.kept.pop(part.start, None)
                 if logps is None:
-                    logps = settings.shape.logits(_product(states[part], matrix, bias)).sub_(total[part, None])
+                    logps = settings.shape.logits(settings.product(states, part, matrix, bias))
+                    logps.sub_(total[part, None])
                 slope = _slope(
                     logps, targets[part], grad[part], settings, entropy[part], grad_entropy[part], total[part]
                 )

@@ -31,6 +31,7 @@ from prefopt.engine.layout import members
 from prefopt.engine.noise import Noise
 from prefopt.engine.optimize import Optimizer, learning_rate
 from prefopt.engine.ranks import unwrap
+from prefopt.engine.recall import Recall
 from prefopt.engine.reference import Reference
 from prefopt.errors import PluginError, ResourceError
 
@@ -69,6 +70,7 @@ class Loop:
     mix: Mix | None = None
     collector: Collector | None = None
     noise: float | None = None
+    recall: Recall | None = None
     progress: Progress = field(default_factory=Progress)
     state: dict[str, Tensor] = field(default_factory=dict)
     warn: Callable[[str], None] = print
@@ -105,6 +107,7 @@ class Loop:
         """The tokens of a step, and what was measured while they were drawn."""
         if self.collector is None:
             return self.assembler(self.order.step(step)), {}
+        self._forget()
         found = self.collector(step)
         self.forwarder.meter.sampled += found.sampled
         return self.assembler.of(found.rollouts) if found.rollouts else None, dict(found.metrics)
@@ -165,11 +168,17 @@ class Loop:
         rate = learning_rate(self.optim, self.progress.updates, self.updates)
         verdict = self._verdict(metrics)
         if verdict == "step":
+            self._forget()
             self.optimizer.step(rate)
             self.progress.updates += 1
         self.progress.skipped += verdict != "step"
         self.optimizer.clear()
         return {**metrics, "lr": rate if verdict == "step" else 0.0}, verdict
+
+    def _forget(self) -> None:
+        """What was computed with weights that change now."""
+        if self.recall is not None:
+            self.recall.clear()
 
     def _training(self, number: int, part: str) -> Forwarder:
         """What runs over a part of update `number` of this step: with noise, in a run that asks for it."""

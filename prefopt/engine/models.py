@@ -31,6 +31,8 @@ from prefopt.data.streams import derive
 from prefopt.engine import lora
 from prefopt.engine.arena import arena
 from prefopt.engine.forward import Scorer
+from prefopt.engine.recall import Recall
+from prefopt.engine.remembering import remembered
 from prefopt.errors import ConfigError, ResourceError
 from prefopt.sampling import Arena
 
@@ -51,6 +53,8 @@ class Model:
     tokenizer: Tokenizer
     device: torch.device
     warn: Callable[[str], None] = print
+    recall: Recall | None = None
+    """Keeps what drawing computes, where it is to be reused."""
 
     @property
     def end_ids(self) -> frozenset[int]:
@@ -73,7 +77,7 @@ class Model:
         self.tokenizer.save_pretrained(folder)
 
     def arena(self, slots: int, prompt: int, room: int, whole: int | None = None) -> Arena:
-        return arena(self.network, slots, prompt, room, whole, self.warn)
+        return remembered(arena(self.network, slots, prompt, room, whole, self.warn), self.recall, slots)
 
 
 def load_causal(config: ModelConfig, seed: int = 0) -> nn.Module:
