@@ -12,7 +12,8 @@ sides run within minutes of each other. OUT keeps what it has of other methods.
 
 A step of grpo and rloo draws 8 completions of 64 tokens for each of 4 prompts, scores them and makes one update. What
 our side draws is given to the other for the comparison of losses and gradients, and where KL costs something both get a
-random model for the reference, so that it counts from the first step on; in the blocks each draws for itself.
+random model for the reference, so that it counts from the first step on; in the blocks each draws for itself. Our side
+takes part twice, as it is and with `rollout.reuse_bytes`.
 
 `--once` is for what takes minutes a step, and learns from rows: the first step alone, of ours and of TRL at its best
 with the rows named, one after the other, warming up included; of gradients, only the norms are compared.
@@ -27,6 +28,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
@@ -43,6 +45,8 @@ MICRO = (1, 2, 4, 8)
 MICRO_ONLINE = (2, 4, 8, 16, 32)
 REFUSED = {"kto": (1,)}
 """Rows at a time with which TRL ends in an error: its z needs another row of the microbatch."""
+REUSING = "prefopt, reusing what drawing computed"
+REUSE = "rollout.reuse_bytes=2000000000"
 LIMITS = {"float32": (1e-5, 1e-4), "bfloat16": (2e-2, 5e-2)}
 """How far losses and gradients may differ."""
 
@@ -112,7 +116,10 @@ class Side:
 
 
 def ours(workload: Path, method: str, steps: int, *more: str) -> Side:
-    return Side("prefopt", [sys.executable, str(HERE / "ours.py"), str(workload), method, str(steps), *more])
+    return Side(
+        REUSING if REUSE in more else "prefopt",
+        [sys.executable, str(HERE / "ours.py"), str(workload), method, str(steps), *more],
+    )
 
 
 def peer(python: str, workload: Path, method: str, steps: int, micro: int, *more: str) -> Side:
@@ -155,31 +162,38 @@ def spread(journal: Path, scaled: bool) -> float:
 
 
 def equality(python: str, workload: Path, method: str, precision: str) -> dict[str, float]:
-    """Losses of two steps and gradients of the first, ours against TRL's. Ends the comparison when they differ."""
+    """Losses of two steps and gradients of the first, each of ours against TRL's, the largest differences. Ends the
+    comparison when they differ."""
     from safetensors.torch import load_file
 
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        files = [folder / name for name in ("ours.safetensors", "theirs.safetensors")]
         mine, theirs = same_draws(workload, method, folder) if method in BETA else ([], [])
-        sides = [
-            ours(workload, method, 2, str(files[0]), *mine, f"optim.precision={precision}"),
-            peer(python, workload, method, 2, whole(method), str(files[1]), *theirs, f"precision={precision}"),
-        ]
-        for side in sides:
+        ways = [[*mine, f"optim.precision={precision}"]]
+        if method in BETA:
+            ways.append([*ways[0], f"run.dir={folder}/again", REUSE])
+        files = [folder / f"{name}.safetensors" for name in ("theirs", "ours", "again")]
+        own = [ours(workload, method, 2, str(file), *way) for file, way in zip(files[1:], ways, strict=False)]
+        other = peer(python, workload, method, 2, whole(method), str(files[0]), *theirs, f"precision={precision}")
+        for side in (*own, other):
             with side:
                 side.train(2)
-        a, b = map(load_file, files)
         unit = spread(folder / "run" / "journal", method == "grpo") if method in BETA else 0.0
-    names = sorted(a.keys() & b.keys())
-    off = sum(float((a[n] - b[n]).double().square().sum()) for n in names) ** 0.5
-    size = sum(float(b[n].double().square().sum()) for n in names) ** 0.5
-    losses = [abs(x - y) / max(abs(y), unit) for x, y in zip(sides[0].losses, sides[1].losses, strict=True)]
-    found = {"loss": max(losses), "gradient": off / size, "tensors": len(names)}
+        b = load_file(files[0])
+        off = [apart(load_file(file), b) for file in files[1 : 1 + len(own)]]
+    losses = [abs(x - y) / max(abs(y), unit) for side in own for x, y in zip(side.losses, other.losses, strict=True)]
+    found = {"loss": max(losses), "gradient": max(off), "tensors": len(b)}
     loss, gradient = LIMITS[precision]
     if found["loss"] > loss or found["gradient"] > gradient:
-        raise SystemExit(f"{method}: the two sides do not compute the same: {found}")
+        raise SystemExit(f"{method}: the sides do not compute the same: {found}")
     return found
+
+
+def apart(a: dict[str, Any], b: dict[str, Any]) -> float:
+    """How far gradients are from others, in units of these."""
+    names = sorted(a.keys() & b.keys())
+    off = sum(float((a[n] - b[n]).double().square().sum()) for n in names) ** 0.5
+    return off / sum(float(b[n].double().square().sum()) for n in names) ** 0.5
 
 
 def tried(python: str, workload: Path, method: str, rows: Sequence[int], precision: str) -> dict[int, float]:
@@ -242,8 +256,11 @@ def compare(
         peer(python, workload, method, total, whole(method), f"precision={precision}"),
         peer(python, workload, method, total, micro, "best", f"precision={precision}"),
     ]
-    with sides[0], sides[1], sides[2]:
+    if method in BETA:
+        sides.append(ours(workload, method, total, f"optim.precision={precision}", REUSE))
+    with ExitStack() as stack:
         for side in sides:
+            stack.enter_context(side)
             side.train(STEPS, count=False)
         for block in range(blocks):
             seconds = [median(side.train(STEPS)) for side in sides]
@@ -253,10 +270,7 @@ def compare(
     work = needed_gflop(workload, method, range(STEPS, total))
     for summary in found.values():
         summary["useful_mfu"] = work / summary["step_seconds"] / mine["roof_gflops"]
-    by_block = {
-        name: [theirs / own for theirs, own in zip(summary["blocks"], mine["blocks"], strict=True)]
-        for name, summary in found.items()
-    }
+    by_block = slower(found, mine)
     peers = {"seconds_by_rows_at_a_time": searched, "refused_rows_at_a_time": REFUSED.get(method, ())}
     return {
         "date": date.today().isoformat(),
@@ -267,7 +281,17 @@ def compare(
         "sides": found,
         "times_slower_than_prefopt": {name: median(each) for name, each in by_block.items()},
         "times_slower_by_block": by_block,
+        "times_slower_than_reusing": slower(found, found.get(REUSING)),
         "search_for_the_best_of_trl": peers,
+    }
+
+
+def slower(found: dict[str, Any], mine: dict[str, Any] | None) -> dict[str, Any]:
+    """How many times longer each side took than one of ours, by block."""
+    blocks = [] if mine is None else mine["blocks"]
+    return {
+        name: [theirs / own for theirs, own in zip(summary["blocks"], blocks, strict=True)]
+        for name, summary in (found.items() if blocks else ())
     }
 
 

@@ -45,6 +45,8 @@ class Step:
             within[place].append(row)
         most = max(map(len, within), default=0)
         filled = [rows + [0] * (most - len(rows)) for rows in within]
+        self.even = [row for rows in within for row in rows] == list(range(self.places * most))
+        """Whether the rows come place by place, as many in each."""
         self.spread = torch.tensor(filled, dtype=torch.long).view(self.places, most)
         """Which rows have their prompt in each place, and row 0 as often as needed. [places, most]"""
         self.back = torch.tensor([place * most + i for place, i in back])
@@ -71,9 +73,11 @@ class Step:
         """Rows [n, K, g, D] times the matrices of their places [places, K, D, E], each of which is read once;
         [n, K, g, E]."""
         (_, heads, queries, size), (places, most) = rows.shape, self.spread.shape
-        asked = rows[self.spread].transpose(1, 2).reshape(places * heads, most * queries, size)
+        spread = rows.view(places, most, heads, queries, size) if self.even else rows[self.spread]
+        asked = spread.transpose(1, 2).reshape(places * heads, most * queries, size)
         found = torch.bmm(asked, matrices.flatten(0, 1)).view(places, heads, most, queries, -1)
-        return found.transpose(1, 2).flatten(0, 1)[self.back]
+        back = found.transpose(1, 2).flatten(0, 1)
+        return back if self.even else back[self.back]
 
 
 _product: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)

@@ -159,6 +159,8 @@ class Loop:
         algorithm accepts them. Before update `number` 0 of a step the policy is the one that was sampled."""
         gap = number == 0 and self.collector is not None
         metrics = backward(self.algorithm, self._training(number, "rows"), built, gap)
+        if gap and self.recall is not None:
+            metrics["sampler/reused"] = self.recall.share
         if self.mix is not None and mixed is not None:
             found = backward(self.mix.algorithm, replace(self._training(number, "mix"), temperature=1.0), mixed)
             metrics["loss/total"] += found["loss/total"]

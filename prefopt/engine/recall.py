@@ -36,7 +36,7 @@ class Recall:
 
     def clear(self) -> None:
         """Forgets everything."""
-        self.size = self.bytes = 0
+        self.size = self.bytes = self.asked = self.found = 0
         self.next: dict[tuple[int, int], int] = {}
         """The place of a token behind a place."""
         self.kept: dict[int, Kept] = {}
@@ -81,6 +81,12 @@ class Recall:
     def of(self, packed: Packed) -> Known | None:
         """What is known of the tokens of a pass; None where one of them was not drawn, but for the last of each
         sequence, which nothing follows."""
+        known = self._known(packed)
+        self.asked += packed.ids.numel()
+        self.found += 0 if known is None else packed.ids.numel()
+        return known
+
+    def _known(self, packed: Packed) -> Known | None:
         if not self.kept or any(kept.stale for kept in self.kept.values()):
             return None
         found = torch.full((packed.ids.numel(),), ROOT)
@@ -91,6 +97,11 @@ class Recall:
                 return None
             found[places[: len(known)]] = torch.tensor(known, dtype=torch.long)
         return Known(self.kept, found, packed.source, self.size)
+
+    @property
+    def share(self) -> float:
+        """Of the tokens it was asked for those whose products it knew."""
+        return self.found / self.asked if self.asked else 0.0
 
     def _places(self, tokens: List[int]) -> list[int]:
         """Of the tokens from the first on, as far as they are known."""
@@ -130,7 +141,7 @@ class Kept:
             where = _where(tuple((first, len(rows)) for first, rows in self.blocks), size)
             every = self.blocks[0][1].new_empty(sum(sizes) + 1, self.blocks[0][1].shape[1])
             every[-1] = 0
-            for part in every[:-1].split(sizes):
+            for part in torch.split(every[:-1], sizes):
                 part.copy_(self.blocks.pop(0)[1])  # whose memory is given back
             self.joined = every, where
         return self.joined

@@ -109,8 +109,6 @@ def _obstacles(config: RunConfig, scorer: Scorer, world: int) -> Iterator[str]:
         yield "optim.forward is plain"
     if config.optim.gradient_checkpointing:
         yield "optim.gradient_checkpointing computes everything again"
-    if config.model.embedding_noise is not None:
-        yield "model.embedding_noise changes what is computed"
     if adapted(scorer.network):
         yield "the model has adapters"
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from prefopt.engine.fewrows import Step, able
-from prefopt.engine.slots import Layer, Slots, parts
+from prefopt.engine.slots import Columns, Layer, Rows, Slots, parts
 
 NOWHERE = 1 << 40
 """A position beyond every row."""
@@ -44,7 +44,7 @@ class SharedLayer(Layer):
         return new
 
     def extend(  # type: ignore[override]
-        self, rows: Tensor, columns: Tensor, width: int, step: Step, keys: Tensor, values: Tensor
+        self, rows: Rows, columns: Columns, width: int, step: Step, keys: Tensor, values: Tensor
     ) -> tuple[Tensor, Tensor]:
         step.prompts = self.prompts
         return super().extend(rows, columns, width, keys, values)
@@ -96,13 +96,13 @@ class Shared(Slots):
         known = positions.tolist()
         self.size[: len(known)] = [min(pair) for pair in zip(self.size, known, strict=False)]
         self._gather(len(known))
-        sizes = torch.tensor(self.size[: len(known)])
-        columns = positions - sizes
-        step = Step(self.place[: len(known)], max(self.size[: len(known)]), 1 + int(columns.max()))
-        self._pass("extend", torch.arange(len(known)), columns, step.width, step)
+        sizes = self.size[: len(known)]
+        columns = [position - size for position, size in zip(known, sizes, strict=True)]
+        step = Step(self.place[: len(known)], max(sizes), 1 + max(columns))
+        self._pass("extend", *_target(columns), step.width, step)
         assert self.few_rows is not None
         with self.few_rows.of(step):
-            return self._logits(tokens, positions, _standing(sizes, step.longest, step.width))
+            return self._logits(tokens, positions, _standing(torch.tensor(sizes), step.longest, step.width))
 
     def _gather(self, rows: int) -> None:
         """Moves prompts of these rows to the first places where less than half of the places before the last are
@@ -115,6 +115,13 @@ class Shared(Slots):
             for layer in self.layers:
                 layer.swap(one, other)
             self.place = [{one: other, other: one}.get(place, place) for place in self.place]
+
+
+def _target(columns: List[int]) -> tuple[Rows, Columns]:
+    """Where each row's token goes, as slices where all have the same column, which is faster."""
+    if len(set(columns)) == 1:
+        return slice(len(columns)), columns[0]
+    return torch.arange(len(columns)), torch.tensor(columns)
 
 
 def _standing(sizes: Tensor, longest: int, width: int) -> Tensor:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from collections.abc import Sequence as List
 from contextlib import nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -25,6 +25,8 @@ FILLED = 0.75
 """How long each of them is at least, in parts of the longest."""
 BLOCK = 64
 """Places made ready at a time."""
+Rows: TypeAlias = Tensor | slice
+Columns: TypeAlias = Tensor | int
 
 
 class Layer(CacheLayerMixin):  # type: ignore[misc]
@@ -59,11 +61,11 @@ class Layer(CacheLayerMixin):  # type: ignore[misc]
         self.keys[slots, :, :size], self.values[slots, :, :size] = keys, values
         return keys, values
 
-    def extend(self, rows: Tensor, columns: Tensor, width: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    def extend(self, rows: Rows, columns: Columns, width: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """One token into each of the first n slots; a row sees what stands there."""
         self._prepare(width)
         self.keys[rows, :, columns], self.values[rows, :, columns] = keys[:, :, 0], values[:, :, 0]
-        return self.keys[: len(rows), :, :width], self.values[: len(rows), :, :width]
+        return self.keys[: len(keys), :, :width], self.values[: len(keys), :, :width]
 
     def copy(self, source: int, targets: Tensor, length: int) -> None:
         for x in (self.keys, self.values):

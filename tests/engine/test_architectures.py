@@ -12,11 +12,13 @@ from prefopt.api import Request
 from prefopt.builtin.continuous import Continuous
 from prefopt.builtin.samplers import Plain
 from prefopt.data.render import Tokens, load_tokenizer
+from prefopt.engine import fewrows
 from prefopt.engine.forward import Scorer, run
 from prefopt.engine.lastlayer import spared
 from prefopt.engine.layout import PLAIN, Paths
 from prefopt.engine.models import Model, build
 from prefopt.engine.probe import probe
+from prefopt.engine.recall import Recall, _Looked
 from prefopt.engine.recompute import prepare
 from prefopt.testing.tiny import tiny_recipe
 
@@ -108,6 +110,37 @@ def test_rows_in_slots_are_drawn_as_plain_ones(model):
     for i, completion in plain.items():
         assert slots[i].ids == completion.ids
         assert slots[i].logps == pytest.approx(completion.logps, abs=1e-5)
+
+
+@pytest.mark.parametrize("tiled", [True, False])
+def test_what_drawing_computed_is_looked_up(model, tiled, monkeypatch):
+    """Rows that move between slots and share prompts: the same numbers and gradients, each linear layer looked up."""
+    monkeypatch.setattr(fewrows, "LEAST", 1)
+    scorer, recall = Scorer(causal(model)), Recall(1 << 30, pytest.fail)
+    scorer.paths = Paths("shared", tiled=tiled, spared=spared(scorer.network))
+    drawn = Model(scorer.network, load_tokenizer(str(model)), CPU, pytest.fail, recall)
+    prompts = [((5, 6, 7, 12, 13, 14), (20,), (9, 8, 7))[i // 3] for i in range(9)]
+    found = dict(Continuous(max_new_tokens=9, slots=4).open(drawn)([Request(p, i) for i, p in enumerate(prompts)]))
+    tokens, groups = [Tokens(p, found[i].ids) for i, p in enumerate(prompts)], [i // 3 for i in range(9)]
+    assert len({len(t.completion) for t in tokens}) > 1
+    expected, looked_up = logps_and_slopes(scorer, tokens, groups), []
+    scorer.recall = recall
+    forward = _Looked.forward
+    monkeypatch.setattr(_Looked, "forward", lambda ctx, *given: looked_up.append(given[1]) or forward(ctx, *given))
+    again = logps_and_slopes(scorer, tokens, groups)
+    assert recall.share == 1
+    layers = [m.weight for m in scorer.network.base_model.modules() if isinstance(m, torch.nn.Linear)]
+    assert {id(p) for p in layers} <= {id(p) for p in looked_up}
+    for name, x in expected.items():
+        assert float((again[name] - x).abs().max() / (1 + x.abs().max())) < 1e-5, name
+
+
+def logps_and_slopes(scorer: Scorer, tokens: list[Tokens], groups: list[int]) -> dict[str, torch.Tensor]:
+    """Log-probabilities, and the gradient of a weighted sum of them by every parameter."""
+    scorer.zero_grad()
+    logps = run(scorer, tokens, ("logps",), CPU, groups=groups)["logps"]
+    (logps * torch.linspace(-1, 2, logps.numel()).view_as(logps)).sum().backward()
+    return {"logps": logps, **{name: p.grad for name, p in scorer.named_parameters() if p.grad is not None}}
 
 
 def without_classifier(model) -> None:

@@ -74,9 +74,9 @@ def test_a_model_whose_slots_do_not_hold_is_drawn_row_by_row_and_says_so_once(ti
     extend = Layer.extend
 
     def forgetful(self, rows, positions, width, keys, values):
-        extend(self, rows, positions, width, keys, values)
+        seen = extend(self, rows, positions, width, keys, values)
         self.keys[:, :, 0] = 0
-        return self.keys[: len(rows), :, :width], self.values[: len(rows), :, :width]
+        return seen
 
     monkeypatch.setattr(Layer, "extend", forgetful)
     found = [texts(Continuous(max_new_tokens=8, slots=slots), model) for slots in (3, 12)]
