@@ -47,7 +47,7 @@ from prefopt.engine.ranks import Ranks
 from prefopt.engine.recompute import prepare
 from prefopt.engine.record import TIMINGS, Recorder, numbers
 from prefopt.engine.reference import AdapterOff, Cached, Moving, Reference, Resident
-from prefopt.engine.remembering import reusing
+from prefopt.engine.reusing import reusing
 from prefopt.engine.rollout import draw
 from prefopt.engine.services import EngineServices, RewardModel
 from prefopt.engine.stops import stop_requests

@@ -131,6 +131,7 @@ def main() -> None:
             steps.seconds.append(time.perf_counter() - began)
             steps.losses.append(metrics["loss/total"])
             steps.norms.append(metrics["gradient/norm"])
+            steps.reused.append(metrics.get("sampler/reused", 0.0))
             done += 1
         answer(roof=speed, **asdict(steps))
     shutil.rmtree(folder)

@@ -32,6 +32,7 @@ class Steps:
     seconds: list[float] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
     norms: list[float] = field(default_factory=list)
+    reused: list[float] = field(default_factory=list)
 
 
 def orders() -> Iterator[int]:

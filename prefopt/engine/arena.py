@@ -18,7 +18,7 @@ from prefopt.engine.slots import Slots
 from prefopt.sampling import Arena
 
 TOLERANCE = 1e-4
-PROMPTS = ((5, 6, 7, 8, 9, 10, 11), (3,), (5, 6, 7, 8), (9, 8, 7, 6, 5, 4, 3, 2, 1))
+PROMPTS = ((5, 6, 7, 8, 9, 10, 11), (3,), (6, 7, 8, 9), (9, 8, 7, 6, 5, 4, 3, 2, 1))
 STEPS = 2 * WINDOW
 Maker = Callable[..., Slots]
 """Makes an arena of a network and the numbers that `LanguageModel.arena` is told."""

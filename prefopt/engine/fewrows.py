@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -82,8 +82,8 @@ class Step:
 
 _product: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 _known = torch.backends.mkldnn.is_available() and _product is not None  # type: ignore[no-untyped-call]
-Heard = Callable[[Tensor, Tensor], None]
-"""Is told each product, with the matrix of its layer."""
+Heard = Callable[[Tensor, Tensor, Tensor], None]
+"""Is told the matrix of a layer, the marks of what it was given, and the product."""
 _step: ContextVar[Step | None] = ContextVar("step", default=None)
 """Which step the thread is in."""
 
@@ -124,18 +124,31 @@ class Product:
             return nn.Linear.forward(self.layers[place], input)
         if len(self.sizes) == 1:
             found: Tensor = _product(input, self.packed, self.bias, "none", [], "")
-            self._tell([found])
+            self._tell(input, [found])
             return found
         if place == 0 or input is not self.input:
             self.input = input
             self.outputs = _product(input, self.packed, self.bias, "none", [], "").split_with_sizes(self.sizes, -1)
-            self._tell(self.outputs)
+            self._tell(input, self.outputs)
         return self.outputs[place].contiguous()
 
-    def _tell(self, outputs: Sequence[Tensor]) -> None:
-        if self.heard is not None:
-            for layer, output in zip(self.layers, outputs, strict=True):
-                self.heard(layer.weight, output)
+    def _tell(self, input: Tensor, outputs: Sequence[Tensor]) -> None:
+        if self.heard is None:
+            return
+        marked = marks(input)
+        for layer, output in zip(self.layers, outputs, strict=True):
+            self.heard(layer.weight, marked, output)
+
+
+def marks(given: Tensor) -> Tensor:
+    """A number for each row of what a layer is given, [..., in] -> [...], that tells rows apart."""
+    return given.detach() @ _gauge(given.shape[-1])
+
+
+@lru_cache(maxsize=16)
+def _gauge(size: int) -> Tensor:
+    """Numbers with which rows of a norm that centres them have no sum of zero."""
+    return torch.randn(size, generator=torch.Generator().manual_seed(size))
 
 
 def packed(layer: nn.Linear) -> Callable[[Tensor], Tensor] | None:
@@ -202,7 +215,7 @@ class FewRows:
         if _plain(input):
             self.seen.append((layer, input))
             if self.heard is not None:
-                self.heard(layer.weight, output)
+                self.heard(layer.weight, marks(input), output)
         return output
 
 

@@ -125,8 +125,12 @@ class Scorer(nn.Module):
 
         Positions past a completion hold 0. `noise` is that of this network alone: reference and critic have none.
         """
-        around = recomputing(self.recomputed, self._attention), changing(self.network, noise), self._attention()
-        with around[0], around[1], around[2], recalled(self.recall, packed) as known:
+        with (
+            recomputing(self.recomputed, self._attention),
+            changing(self.network, noise),
+            self._attention(),
+            recalled(self.recall if noise is None else None, packed) as known,
+        ):
             if set(want) == {"scores"}:
                 return {"scores": self._scores(packed)}
             tiled = self.paths.tiled
@@ -169,7 +173,7 @@ class Scorer(nn.Module):
         if LINEAR & set(want):
             options: dict[str, Any] = {"entropy": "entropy" in want, "collision": "collision_entropy" in want}
             options |= {"keep_bytes": self.paths.keep_bytes, "into": into, "layer": self.product}
-            options["known"] = None if known is None else known.predicted(head.weight)
+            options["known"] = None if known is None else known.predicted(head.weight, states)
             scores = linear_logps(states, head.weight, packed.target, head.bias, head.shape, **options)
             found = {name: x for name, x in scores._asdict().items() if name in want}
         if "token_kl" in want:

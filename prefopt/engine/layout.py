@@ -111,7 +111,7 @@ class Packed:
     place: Tensor
     last: Tensor
     steps: int
-    sequences: tuple[Tensor, ...] = ()
+    sequences: tuple[Tensor, ...]
 
     @classmethod
     def of(cls, tokens: Sequence[Tokens], groups: Sequence[int], paths: Paths) -> Packed:

@@ -94,7 +94,9 @@ class Loop:
             self.progress.skipped += 1
             return recorded | {"rows/none_left": 1.0}
         built, found = self.prepared(built, self.context(step, self.state))
-        return recorded | self._under_base(built.batch) | found | self.passes(built, step)
+        found = recorded | self._under_base(built.batch) | found | self.passes(built, step)
+        self._forget()
+        return found
 
     def _under_base(self, batch: Batch) -> dict[str, float]:
         """How surprising the samples are to the reference: exp of the mean negative log-probability of a token."""
@@ -107,7 +109,7 @@ class Loop:
         """The tokens of a step, and what was measured while they were drawn."""
         if self.collector is None:
             return self.assembler(self.order.step(step)), {}
-        self._forget()
+        self._forget()  # of a step that was left without rows
         found = self.collector(step)
         self.forwarder.meter.sampled += found.sampled
         return self.assembler.of(found.rollouts) if found.rollouts else None, dict(found.metrics)

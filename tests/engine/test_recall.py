@@ -13,12 +13,13 @@ from prefopt.api import Request
 from prefopt.builtin.continuous import Continuous
 from prefopt.data.render import Tokens
 from prefopt.engine import fewrows
+from prefopt.engine.fewrows import marks
 from prefopt.engine.forward import Scorer
 from prefopt.engine.layout import Packed, Paths
 from prefopt.engine.models import Model, open_model
-from prefopt.engine.recall import Recall, recalled
+from prefopt.engine.recall import ROOT, Recall, recalled
 from prefopt.engine.remembering import Remembering
-from prefopt.testing.tiny import train_on
+from prefopt.testing.tiny import build_tiny, train_on
 
 CPU = torch.device("cpu")
 SHARED = Paths("shared", tiled=True)
@@ -40,10 +41,16 @@ class Drawn:
         self.scorer = Scorer(self.model.network, paths=SHARED)
         self.scorer.recall = self.recall
 
-    def draw(self) -> list[Tokens]:
+    def draw(self, **options: int) -> list[Tokens]:
         requests = [Request(prompt, i) for i, prompt in enumerate(PROMPTS)]
-        found = dict(Continuous(max_new_tokens=6, slots=3).open(self.model)(requests))
+        found = dict(Continuous(max_new_tokens=6, slots=3, **options).open(self.model)(requests))
         return [Tokens(prompt, found[i].ids) for i, prompt in enumerate(PROMPTS)]
+
+    @torch.no_grad()
+    def states(self, packed: Packed) -> torch.Tensor:
+        """Those that predict a token."""
+        self.scorer.recall = None
+        return self.scorer._states(packed, packed.source)
 
     def knows(self, *tokens: Tokens) -> bool:
         return self.recall.of(Packed.of(tokens, range(len(tokens)), SHARED)) is not None
@@ -73,20 +80,32 @@ def test_products_are_those_that_were_computed(drawn, monkeypatch):
     layer.register_forward_pre_hook(lambda module, given: inputs.append(given[0][0]))
     for t in tokens:
         drawn.model.network(torch.tensor([[*t.prompt, *t.completion]]))
+    given = torch.zeros(packed.ids.numel(), layer.in_features)
+    for places, x in zip(packed.sequences, inputs, strict=True):
+        given[places] = x.detach()
     with recalled(drawn.recall, packed) as known:
-        found = linear(torch.zeros(*packed.ids.shape, layer.in_features), layer.weight).flatten(0, 1)
+        found = linear(given, layer.weight)
     assert known is not None
+    assert known.share == 1
     for places, given in zip(packed.sequences, inputs, strict=True):
         expected = (given.double() @ layer.weight.double().T)[:-1]
         torch.testing.assert_close(found[places[:-1]].double(), expected, atol=1e-5, rtol=0)
+    head = drawn.model.network.lm_head.weight
+    logits = [drawn.model.network(torch.tensor([[*t.prompt, *t.completion]])).logits[0] for t in tokens]
+    predicting = [x[len(t.prompt) - 1 : -1] for x, t in zip(logits, tokens, strict=True)]
+    states = drawn.states(packed)
+    torch.testing.assert_close(known.predicted(head, states)(slice(0, 99)), torch.cat(predicting), atol=1e-5, rtol=0)
 
 
 def test_a_product_that_is_looked_up_is_derived_from_as_a_product(drawn):
     packed = Packed.of(drawn.draw(), range(4), SHARED)
-    weight = drawn.model.network.model.layers[1].mlp.up_proj.weight
-    given = torch.randn(*packed.ids.shape, weight.shape[1], requires_grad=True)
+    module, inputs = drawn.model.network.model.layers[1].mlp.up_proj, []
+    module.register_forward_pre_hook(lambda _, given: inputs.append(given[0]))
+    drawn.scorer(packed, ("logps",))
+    weight, given = module.weight, inputs[0].detach().requires_grad_()
     slope = torch.randn(*packed.ids.shape, len(weight))
     expected = torch.autograd.grad(linear(given, weight), (given, weight), slope)
+    drawn.recall.kept[id(weight)].whole(drawn.recall.size).rows.add_(1)  # so that it shows whether they are looked up
     with recalled(drawn.recall, packed):
         output = linear(given, weight)
     assert not torch.allclose(output, linear(given, weight))
@@ -113,16 +132,41 @@ def test_what_does_not_fit_is_not_kept_and_said_once(tiny_model):
     assert heard == ["nothing of the draws is reused: a step takes more than rollout.reuse_bytes, 20,000"]
 
 
-def test_a_layer_that_is_used_twice_in_a_pass_is_computed(drawn):
-    """So is one that a pass gives other tokens."""
-    twice = nn.Linear(3, 2, bias=False)
-    with drawn.recall.hearing(4):
-        for _ in range(2):
-            drawn.recall.heard(twice.weight, torch.zeros(4, 2))
-        other = nn.Linear(3, 2, bias=False)
-        drawn.recall.heard(other.weight, torch.zeros(3, 2))
-    assert drawn.recall.kept[id(twice.weight)].unfit
-    assert id(other.weight) not in drawn.recall.kept
+def test_a_layer_that_is_given_something_else_computes():
+    """Other tokens, the same in another order, or a second call in the same pass: as experts and shared layers are."""
+    recall, layer, given = Recall(1 << 20, pytest.fail), nn.Linear(8, 2, bias=False), torch.randn(4, 8)
+    other = torch.randn(4, 8)
+    with recall.hearing(4):
+        for x in (other, given):
+            recall.heard(layer.weight, marks(x), layer(x))
+        recall.heard(nn.Linear(8, 2).weight, marks(given[:3]), layer(given[:3]))
+    assert list(recall.kept) == [id(layer.weight)]
+    at = recall.kept[id(layer.weight)].at
+    places, order = torch.arange(4), [2, 0, 1, 3]
+    found = at(places, given, recall.size)
+    assert found is not None
+    assert torch.equal(recall.kept[id(layer.weight)].whole(4).rows[found], layer(given))
+    assert at(places, other, recall.size) is None
+    assert at(places, given[order], recall.size) is None
+    assert at(torch.tensor([0, 1, ROOT, 3]), given[[0, 1, 0, 3]], recall.size) is not None
+
+
+def test_a_product_that_was_changed_in_place_is_computed(drawn):
+    """As the sampler does with logits where a minimum of tokens is asked for."""
+    tokens = drawn.draw(min_new_tokens=3)
+    packed = Packed.of(tokens, range(4), SHARED)
+    known = drawn.recall.of(packed)
+    assert known is not None
+    assert known.predicted(drawn.model.network.lm_head.weight, drawn.states(packed)) is None
+
+
+def test_nothing_is_known_of_a_pass_that_comes_after_something_was_looked_up(drawn):
+    packed = Packed.of(drawn.draw(), range(4), SHARED)
+    known = drawn.recall.of(packed)
+    assert known is not None
+    assert known.predicted(drawn.model.network.lm_head.weight, drawn.states(packed)) is not None
+    drawn.draw()
+    assert drawn.recall.of(packed) is None
 
 
 def test_an_arena_of_one_cache_for_each_row_is_not_heard(tiny_model, monkeypatch):
@@ -190,6 +234,24 @@ def test_where_it_does_not_hold_the_run_says_why_and_goes_on(tiny_model, tmp_pat
 def test_a_model_whose_numbers_would_be_others_is_left_alone(tiny_model, tmp_path, capsys, monkeypatch):
     """Here what is kept is not what was computed."""
     heard = Recall.heard
-    monkeypatch.setattr(Recall, "heard", lambda self, matrix, product: heard(self, matrix, 1.01 * product))
+    monkeypatch.setattr(Recall, "heard", lambda self, matrix, marked, x: heard(self, matrix, marked, 1.01 * x))
     _, said = trained(tiny_model, tmp_path / "run", capsys, rollout={"reuse_bytes": 1 << 28})
     assert "rollout.reuse_bytes has no effect: numbers differ by" in said
+
+
+def test_a_model_without_large_matrices_is_told_of(tiny_model, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(fewrows, "LEAST", 1 << 16)
+    _, said = trained(tiny_model, tmp_path / "run", capsys, rollout={"reuse_bytes": 1 << 28})
+    assert "rollout.reuse_bytes has no effect: this model is not drawn from in the fastest way" in said
+
+
+def test_a_mixture_of_experts_computes_what_its_experts_are_given(tmp_path, capsys):
+    """Each expert has some of the tokens, in an order of its own."""
+    more = {"num_local_experts": 4, "num_experts_per_tok": 2, "experts_implementation": "eager"}
+    build_tiny(tmp_path / "model", model_type="mixtral", **more)
+    usual, _ = trained(tmp_path / "model", tmp_path / "usual", capsys)
+    again, said = trained(tmp_path / "model", tmp_path / "again", capsys, rollout={"reuse_bytes": 1 << 28})
+    assert "reuse" not in said
+    for one, other in zip(usual, again, strict=True):
+        assert other["gradient/norm"] == pytest.approx(one["gradient/norm"], rel=1e-2)
+        assert other["sampler/reused"] > 0.5
