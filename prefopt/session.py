@@ -304,9 +304,8 @@ class Session:
         journal = Journal(self.folder.journal, self.ranks.main)
         given = (loop.assembler.rows, loop.order, loop.assembler.renderer, self.config.draws)
         opened = partial(self._drawer, loop)
-        return Collector(
-            *given, opened, self._reward, keep, self.config.rollout, self.ranks, journal, self.config.run.seed
-        )
+        more = (self.config.rollout, self.ranks, journal, self.config.run.seed)
+        return Collector(*given, opened, self._reward, keep, *more, again=loop.recall is not None)
 
     def _drawer(self, loop: Loop, draw: Draw) -> Drawer:
         """The sampler on the model that a draw comes from."""

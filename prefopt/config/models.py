@@ -236,8 +236,7 @@ class RolloutConfig(Section):
     """How often prompts whose replies the method does not keep are replaced by others in the same step."""
     reuse_bytes: NonNegativeInt = 0
     """How many bytes of what drawing computes may be kept for the first update of the step, which then needs no product
-    that is known already: about 4 bytes for each output of a linear layer and token. On a CPU, in float32. A step done
-    again from its journal then agrees up to rounding."""
+    that is known already: about 4 bytes for each output of a linear layer and token. On a CPU, in float32."""
 
 
 class EvalConfig(Section):

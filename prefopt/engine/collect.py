@@ -4,6 +4,7 @@ draws and scores; no tokens, no loss. Every rank makes its share and gets all of
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as List
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -47,6 +48,8 @@ class Collector:
     seed: int
     drawn: Callable[[int, List[Rollout]], None] = lambda step, rollouts: None
     """Is shown the rollouts of each step."""
+    again: bool = False
+    """Whether a step that is in the journal is drawn again, for what drawing computes."""
     _opened: dict[Draw, Drawer] = field(default_factory=dict)
 
     def __call__(self, step: int) -> Collected:
@@ -55,6 +58,9 @@ class Collector:
         if found is None:
             found = self._collected(step)
             self.journal.write(step, found)
+        elif self.again:
+            rows = self._opened_rows([(place, self._row(i)) for place, i in enumerate(self.order.step(step))])
+            deque(self._drawn(step, [(row, ids) for _, row, ids in rows]), maxlen=0)
         self.drawn(step, found.rollouts)
         return found
 

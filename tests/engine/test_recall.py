@@ -19,6 +19,7 @@ from prefopt.engine.layout import Packed, Paths
 from prefopt.engine.models import Model, open_model
 from prefopt.engine.recall import ROOT, Recall, recalled
 from prefopt.engine.remembering import Remembering
+from prefopt.session import Session
 from prefopt.testing.tiny import build_tiny, train_on
 
 CPU = torch.device("cpu")
@@ -255,3 +256,24 @@ def test_a_mixture_of_experts_computes_what_its_experts_are_given(tmp_path, caps
     for one, other in zip(usual, again, strict=True):
         assert other["gradient/norm"] == pytest.approx(one["gradient/norm"], rel=1e-2)
         assert other["sampler/reused"] > 0.5
+
+
+def test_a_resumed_run_goes_on_to_the_same_bytes(tiny_model, tmp_path, capsys, monkeypatch):
+    """Its third step is in the journal: it is drawn again, and looked up."""
+    sections = {"rollout": {"reuse_bytes": 1 << 28}, "run": {"steps": 5, "checkpoint": {"every": 2}}}
+    trained(tiny_model, tmp_path / "whole", capsys, **sections)
+    notify = Session._notify
+
+    def stopping(self: Session, hook: str, **arguments: object) -> None:
+        notify(self, hook, **arguments)
+        if arguments.get("step") == 3 and hook == "prefopt_step_finished":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Session, "_notify", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        trained(tiny_model, tmp_path / "part", capsys, **sections)
+    monkeypatch.undo()
+    monkeypatch.setattr(fewrows, "LEAST", 1)
+    train_on(tiny_model, tmp_path / "part", {**SECTIONS, **sections}, resume=True)
+    for name in ("metrics.jsonl", "model/model.safetensors", "rollouts.parquet"):
+        assert (tmp_path / "part" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
