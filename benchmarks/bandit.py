@@ -30,8 +30,10 @@ from prefopt.stats import t_interval
 RESULT = Path(__file__).parent / "results/bandit.json"
 BETA = 0.5
 SEEDS = range(5)
-RATE, RATES = 1e-2, {"RLOO": 3e-3, "REINFORCE": 3e-3}
+RATE, RATES = 1e-2, {"RLOO": 1e-3, "REINFORCE": 3e-3}
 """Learning rates; smaller where a reply's tokens are summed and not averaged, which makes updates larger."""
+TIMES = {"RLOO": 2}
+"""As many steps as others, times this."""
 METHODS = {
     "PPO": {"name": "ppo", "beta": BETA, "decay": 1.0, "inner_epochs": 2, "truncated": "end"},
     "RLOO": {"name": "rloo", "beta": BETA},
@@ -43,7 +45,9 @@ METHODS = {
 
 def main(folder: str = "runs/bandit", steps: str = "100") -> None:
     jobs = [
-        (label, seed, Path(folder) / f"{i}-{seed}", int(steps)) for i, label in enumerate(METHODS) for seed in SEEDS
+        (label, seed, Path(folder) / f"{i}-{seed}", int(steps) * TIMES.get(label, 1))
+        for i, label in enumerate(METHODS)
+        for seed in SEEDS
     ]
     published = [Path(folder) / f"{len(METHODS) - 1}-{seed}" / "base" for seed in SEEDS]
     with ProcessPoolExecutor(2, get_context("spawn")) as pool:
@@ -54,7 +58,8 @@ def main(folder: str = "runs/bandit", steps: str = "100") -> None:
     told = {label: intervals(runs) for label, runs in figures.items()}
     for label, metrics in told.items():
         print(f"{label:36}", *(f"{key} {mean} [{low}, {high}]" for key, (mean, low, high) in metrics.items()))
-    report = {"beta": BETA, "steps": int(steps), "draws_per_step": 256, "seeds": len(SEEDS), "methods": told}
+    report = {"beta": BETA, "steps": int(steps), "times": TIMES, "draws_per_step": 256, "seeds": len(SEEDS)}
+    report["methods"] = told
     write_text(RESULT, json.dumps(report, indent=1) + "\n")
 
 
