@@ -142,3 +142,24 @@ def test_beside_what_is_kept_there_is_one_tile(kept, entropy, held, tmp_path):
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     changes = sorted((event["ts"], event["args"]["Bytes"]) for event in events if event["name"] == "[memory]")
     assert held * tile <= max(accumulate(change for _, change in changes)) < (held + 0.5) * tile
+
+
+def test_products_that_are_known_stand_in_for_the_matrix_and_nothing_is_kept():
+    """Those of other states here, so that it shows where they are used: tile by tile, forward and backward."""
+    draw = torch.Generator().manual_seed(0)
+    hidden, other, weight = (torch.randn(*size, generator=draw) for size in ((6, 4), (6, 4), (5, 4)))
+    targets, slope = torch.tensor([0, 1, 2, 3, 4, 0]), torch.randn(6, generator=draw)
+    asked: list[slice] = []
+
+    def known(part: slice) -> torch.Tensor:
+        asked.append(part)
+        return other[part] @ weight.T
+
+    hidden.requires_grad_()
+    logps = linear_logps(hidden, weight, targets, known=known, tile_bytes=2 * 5 * 4).logps
+    expected = torch.log_softmax(other.double() @ weight.double().T, -1)
+    torch.testing.assert_close(logps.double(), expected.gather(1, targets[:, None]).squeeze(1))
+    (found,) = torch.autograd.grad(logps, hidden, slope)
+    by_logits = slope[:, None] * (torch.eye(5)[targets] - expected.exp())
+    torch.testing.assert_close(found, (by_logits @ weight.double()).float())
+    assert asked == 2 * [slice(0, 2), slice(2, 4), slice(4, 6)]

@@ -141,7 +141,9 @@ def test_a_layer_that_is_given_something_else_computes():
         for x in (other, given):
             recall.heard(layer.weight, marks(x), layer(x))
         recall.heard(nn.Linear(8, 2).weight, marks(given[:3]), layer(given[:3]))
+    recall.heard(layer.weight, marks(torch.zeros(5, 8)), torch.zeros(5, 2))  # of no pass
     assert list(recall.kept) == [id(layer.weight)]
+    assert len(recall.kept[id(layer.weight)].passes) == 2
     at = recall.kept[id(layer.weight)].at
     places, order = torch.arange(4), [2, 0, 1, 3]
     found = at(places, given, recall.size)
