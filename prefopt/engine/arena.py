@@ -18,6 +18,8 @@ from prefopt.engine.slots import Slots
 from prefopt.sampling import Arena
 
 TOLERANCE = 1e-4
+REFUSALS = (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError, KeyError, IndexError)
+"""What a model raises that does not do what it is tried for."""
 PROMPTS = ((5, 6, 7, 8, 9, 10, 11), (3,), (6, 7, 8, 9), (9, 8, 7, 6, 5, 4, 3, 2, 1))
 STEPS = 2 * WINDOW
 Maker = Callable[..., Slots]
@@ -100,13 +102,18 @@ def disagreement(network: Any, maker: Maker) -> str | None:
     try:
         with narrow(network.config.get_text_config()):
             found, expected = stepped(network, maker), _whole(network)
-    except (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError, KeyError, IndexError) as error:
-        return f"{type(error).__name__}: {str(error).partition(chr(10))[0][:120]}"
+    except REFUSALS as error:
+        return refusal(error)
     known = expected.isfinite()  # a word may be ruled out by a logit of minus infinity
     if not torch.equal(found[~known], expected[~known]):
         return "infinite logits differ"
     off = float((found - expected)[known].abs().amax() / (1 + expected[known].abs().amax()))
     return None if off <= TOLERANCE else f"they differ by {off:.1g}"
+
+
+def refusal(error: Exception) -> str:
+    """One of these, as a reason to go another way."""
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0][:120]}"
 
 
 def _prompts(network: Any) -> list[tuple[int, ...]]:

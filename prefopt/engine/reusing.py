@@ -12,7 +12,7 @@ from torch import Tensor
 
 from prefopt.config import RunConfig
 from prefopt.data.render import Tokens
-from prefopt.engine.arena import TOLERANCE, arena, stepped, trial
+from prefopt.engine.arena import REFUSALS, TOLERANCE, arena, refusal, stepped, trial
 from prefopt.engine.fewrows import able
 from prefopt.engine.forward import Scorer, run
 from prefopt.engine.lora import adapted
@@ -66,6 +66,8 @@ def _disagreement(scorer: Scorer, warn: Callable[[str], None]) -> str | None:
     scorer.recall = recall
     try:
         found = _numbers(scorer, tokens, groups)
+    except REFUSALS as error:
+        return refusal(error)
     finally:
         scorer.recall = None
     if not recall.share:

@@ -17,7 +17,7 @@ from prefopt.engine.fewrows import marks
 from prefopt.engine.forward import Scorer
 from prefopt.engine.layout import Packed, Paths
 from prefopt.engine.models import Model, open_model
-from prefopt.engine.recall import ROOT, Recall, recalled
+from prefopt.engine.recall import ROOT, Known, Recall, recalled
 from prefopt.engine.remembering import Remembering
 from prefopt.session import Session
 from prefopt.testing.tiny import build_tiny, train_on
@@ -244,6 +244,18 @@ def test_a_model_whose_numbers_would_be_others_is_left_alone(tiny_model, tmp_pat
     monkeypatch.setattr(Recall, "heard", lambda self, matrix, marked, x: heard(self, matrix, marked, 1.01 * x))
     _, said = trained(tiny_model, tmp_path / "run", capsys, rollout={"reuse_bytes": 1 << 28})
     assert "rollout.reuse_bytes has no effect: numbers differ by" in said
+
+
+def test_a_model_that_refuses_is_left_alone(tiny_model, tmp_path, capsys, monkeypatch):
+    """As one may that writes into what a layer gave it."""
+
+    def refuse(self: Known, matrix: torch.Tensor, states: torch.Tensor) -> None:
+        raise RuntimeError("a view is being modified")
+
+    monkeypatch.setattr(Known, "predicted", refuse)
+    lines, said = trained(tiny_model, tmp_path / "run", capsys, rollout={"reuse_bytes": 1 << 28})
+    assert "rollout.reuse_bytes has no effect: RuntimeError: a view is being modified" in said
+    assert len(lines) == 4
 
 
 def test_a_model_without_large_matrices_is_told_of(tiny_model, tmp_path, capsys, monkeypatch):
