@@ -4,7 +4,8 @@
 
 JOBS.json has lists of prompts, as token ids, how many tokens each is to be continued by, and whether log-probabilities
 of what was drawn are wanted. One line of JSON for each job says what it took: eager, float32, prompts that occur
-several times shared by its cache.
+several times shared by its cache. `VLLM_CPU_KVCACHE_SPACE` says how many GB it may take for keys and values, 1 unless
+it is set.
 """
 
 import json
@@ -14,8 +15,8 @@ import sys
 import time
 from pathlib import Path
 
-os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "DO_NOT_TRACK": "1"}
-os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "DO_NOT_TRACK": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 
 from vllm import LLM, SamplingParams
 

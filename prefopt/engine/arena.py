@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from prefopt.engine.fewrows import able
+from prefopt.engine.graphed import Graphed
 from prefopt.engine.probe import WINDOW, narrow
 from prefopt.engine.shared import Shared
 from prefopt.engine.slots import Slots
@@ -89,6 +90,8 @@ def _probed(network: nn.Module, warn: Callable[[str], None]) -> Maker | None:
 
 def _makers(network: nn.Module) -> Iterator[Maker]:
     """The fastest first."""
+    if Graphed.serves(network):
+        yield Graphed
     if Shared.serves(network):
         yield Shared
     yield Slots
