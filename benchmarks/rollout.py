@@ -1,15 +1,18 @@
 """Sampling: prefopt's continuous batching and transformers' `generate` as TRL calls it, with one model and prompts.
 
-    python benchmarks/rollout.py WORKLOAD OUT.json [--prompts 8] [--samples 8] [--slots 64] [--blocks 3] [--vllm PYTHON]
+    python benchmarks/rollout.py WORKLOAD OUT.json [--prompts 8] [--samples 8] [--slots 64] [--blocks 3]
+        [--device cuda | --vllm PYTHON]
 
 WORKLOAD is made by `compare/workload.py`. `generate` gets n copies of every prompt, padded on the left, and goes on
 until the longest completion ends. Greedy texts of both sides are compared first and must be equal. Then blocks
 alternate, each in a process of its own. *uneven*: an untrained model hardly ever ends by itself, so a constant is added
 to the end's logit on both sides that makes MEAN tokens the mean length, a geometric distribution cut at LONGEST.
 *equal*: no completion ends before EQUAL tokens. What counts are tokens of completions, with their end, without padding,
-by the clock and by the processor time of the process, which a busy machine disturbs less. With `--vllm` the
-other side is its CPU build, which continues the same prompts to the lengths that ours had drawn, once with the
-log-probability of each token, as TRL calls it and as ours always has them, and once without; OUT keeps the rest.
+by the clock and by the processor time of the process, which a busy machine disturbs less. Where all rows fit into the
+slots, every step reads every weight once: how many GB a second of them, at least, is told beside what copies move.
+With `--vllm` the other side is its CPU build, which continues the same prompts to the lengths that ours had drawn, once
+with the log-probability of each token, as TRL calls it and as ours always has them, and once without; OUT keeps the
+rest.
 """
 
 from __future__ import annotations
@@ -33,6 +36,8 @@ MEAN, LONGEST, EQUAL, GREEDY = 32, 128, 48, 32
 PROMPT = 192
 SIZES = {"prompts": 8, "samples": 8, "slots": 64, "threads": 2}
 CLOCKS = ("seconds", "cpu_seconds")
+COPIED, COPIES = 1 << 28, 8
+"""Bytes moved to see how fast memory is, and how often."""
 SIDES = ("prefopt", "generate")
 KINDS = ("uneven", "equal")
 Prompts = list[tuple[int, ...]]
@@ -55,7 +60,8 @@ def lean_to_the_end(network: Any, prompts: Prompts, mean: float | None) -> None:
     """Adds to the end's logit what makes its probability 1 / mean behind the prompts; without a mean it never comes."""
     end, shift = network.config.eos_token_id, -1e4
     if mean is not None:
-        last = torch.stack([network(torch.tensor([prompt])).logits[0, -1] for prompt in dict.fromkeys(prompts)])
+        ids = (torch.tensor([prompt], device=network.device) for prompt in dict.fromkeys(prompts))
+        last = torch.stack([network(each).logits[0, -1] for each in ids])
         rest = torch.cat([last[:, :end], last[:, end + 1 :]], dim=1).logsumexp(1)
         shift = float((rest - last[:, end]).mean() - torch.log(torch.tensor(mean - 1)))
 
@@ -74,6 +80,7 @@ def generate(model: Any, prompts: Prompts, most: int, greedy: bool) -> list[list
     ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts])
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
     torch.manual_seed(0)
+    ids, mask = ids.to(model.device), mask.to(model.device)
     config = GenerationConfig(
         max_new_tokens=most, do_sample=not greedy, top_k=0, eos_token_id=end, pad_token_id=0, disable_compile=True
     )
@@ -97,9 +104,10 @@ def work(options: argparse.Namespace) -> None:
 
     side, kind = options.work
     if side == "prefopt":
-        Ranks("cpu", options.threads)  # a run begins with it
+        Ranks(options.device, options.threads)  # a run begins with it
     torch.set_num_threads(options.threads)
-    model: Any = open_model(str(options.workload / "model"), torch.device("cpu"))
+    device = torch.device(options.device)
+    model: Any = open_model(str(options.workload / "model"), device)
     greedy = kind == "greedy"
     prompts = read_prompts(options.workload, options.prompts, 1 if greedy else options.samples)
     lean_to_the_end(model.network, prompts, MEAN if kind == "uneven" else None)
@@ -107,21 +115,41 @@ def work(options: argparse.Namespace) -> None:
     more = (options.slots,) if side == "prefopt" else ()
     draw: Any = continuous if side == "prefopt" else generate
     draw(model, prompts[:2], 2, greedy, *more)
-    before, began, busy = peak_mb(), time.perf_counter(), time.process_time()
+    before, began, busy = peak_mb(device), time.perf_counter(), time.process_time()
     texts = draw(model, prompts, most, greedy, *more)
     found = {"seconds": time.perf_counter() - began, "cpu_seconds": time.process_time() - busy}
-    found |= {"tokens": sum(map(len, texts)), "longest": max(map(len, texts)), "peak_mb": peak_mb()}
+    found |= {"tokens": sum(map(len, texts)), "longest": max(map(len, texts)), "peak_mb": peak_mb(device)}
+    if len(prompts) <= options.slots:
+        weights = sum(p.numel() * p.element_size() for p in model.network.parameters())
+        found |= {"weights_gb_per_second": weights * found["longest"] / found["seconds"] / 1e9}
     drawn = {"texts": texts} if greedy else {"prompts": prompts, "lengths": [len(text) for text in texts]}
-    print(json.dumps({**found, "before_mb": before, "drawn": drawn}))
+    print(json.dumps({**found, "before_mb": before, "copy_gb_per_second": copy_rate(device), "drawn": drawn}))
 
 
-def peak_mb() -> float:
+def peak_mb(device: torch.device) -> float:
+    """The most memory so far: of a GPU its own, with what PyTorch keeps for later."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device) / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def copy_rate(device: torch.device) -> float:
+    """GB a second that copies read and write together, the best of several."""
+    source, target = torch.zeros(2, COPIED, dtype=torch.uint8, device=device)
+    taken = []
+    for _ in range(5):
+        began = time.perf_counter()
+        for _ in range(COPIES):
+            target.copy_(source)
+        int(target[0])  # waits for the device
+        taken.append(time.perf_counter() - began)
+    return 2 * COPIED * COPIES / min(taken) / 1e9
 
 
 def block(options: argparse.Namespace, side: str, kind: str) -> dict[str, Any]:
     """Runs one in a process of its own."""
     sizes = [f"--{name}={getattr(options, name)}" for name in SIZES]
+    sizes.append(f"--device={options.device}")
     command = [sys.executable, __file__, str(options.workload), str(options.out), *sizes, "--work", side, kind]
     return told(options, command)[-1]
 
@@ -202,14 +230,17 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     for name, default in (SIZES | {"blocks": 3}).items():
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--vllm", type=Path, help="the interpreter of an environment with vLLM")
     parser.add_argument("--work", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.work:
         work(options)
         return
+    if options.vllm and options.device != "cpu":
+        parser.error("--vllm is its CPU build: leave --device out")
     settings = {"mean": MEAN, "longest": LONGEST, "equal": EQUAL}
-    settings |= {name: getattr(options, name) for name in SIZES} | {"torch": torch.__version__}
+    settings |= {name: getattr(options, name) for name in (*SIZES, "device")} | {"torch": torch.__version__}
     found = json.loads(options.out.read_text("utf-8")) if options.out.exists() else {}
     if options.vllm:
         found["against_vllm"] = {"settings": settings, **compare_vllm(options)}
