@@ -59,8 +59,9 @@ class Collector:
             found = self._collected(step)
             self.journal.write(step, found)
         elif self.again:
-            rows = self._opened_rows([(place, self._row(i)) for place, i in enumerate(self.order.step(step))])
-            deque(self._drawn(step, [(row, ids) for _, row, ids in rows]), maxlen=0)
+            for index in found.drawn:
+                opened = self._opened_rows([(place, self._row(i)) for place, i in enumerate(index)])
+                deque(self._drawn(step, [(row, ids) for _, row, ids in opened]), maxlen=0)
         self.drawn(step, found.rollouts)
         return found
 
@@ -69,8 +70,9 @@ class Collector:
 
     def _collected(self, step: int) -> Collected:
         wanted = self.order.step(step)
-        taken, kept, scored, refused = set(wanted), [], [], 0
+        taken, kept, scored, refused, drawn = set(wanted), [], [], 0, []
         for attempt in range(self.settings.redraws + 1):
+            drawn.append(wanted)
             new = self._scored(step, wanted)
             scored += new
             usable = [group for pair in new if (group := self._usable(step, *pair)) is not None]
@@ -80,7 +82,7 @@ class Collector:
             wanted = self._others(step, attempt, len(usable) - len(good), taken)
             if not wanted:
                 break
-        return Collected(kept, _metrics(scored, refused), sum(_tokens(group) for group, _ in scored))
+        return Collected(kept, _metrics(scored, refused), sum(_tokens(group) for group, _ in scored), drawn)
 
     def _others(self, step: int, attempt: int, count: int, taken: set[int]) -> list[int]:
         """Rows to draw from in place of `count` groups that were not kept, none of them used in this step."""

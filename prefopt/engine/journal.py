@@ -26,6 +26,8 @@ class Collected:
     metrics: Mapping[str, float] = field(default_factory=dict)
     sampled: int = 0
     """Tokens drawn, those that were not kept included."""
+    drawn: List[List[int]] = ()
+    """The rows that were drawn for together, one time after the other, those that were not kept included."""
 
 
 class Journal:
@@ -42,6 +44,7 @@ class Journal:
         record = {
             "metrics": dict(found.metrics),
             "sampled": found.sampled,
+            "drawn": found.drawn,
             "rollouts": list(map(_plain, found.rollouts)),
         }
         write_text(self._file(step), json.dumps(record, ensure_ascii=False) + "\n")
@@ -52,7 +55,7 @@ class Journal:
             return None
         record = json.loads(self._file(step).read_text("utf-8"))
         rollouts = [_rollout(group, row(group["row"])) for group in record["rollouts"]]
-        return Collected(rollouts, record["metrics"], record["sampled"])
+        return Collected(rollouts, record["metrics"], record["sampled"], record.get("drawn", ()))
 
     def close(self, table: Path) -> None:
         """Writes the whole journal as one table, a row for each completion, and removes the files."""

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 
-from prefopt.api import Request
+from prefopt.api import Request, RolloutAlgorithm
 from prefopt.builtin.continuous import Continuous
 from prefopt.data.render import Tokens
 from prefopt.engine import fewrows
@@ -238,6 +238,13 @@ def test_where_it_does_not_hold_the_run_says_why_and_goes_on(tiny_model, tmp_pat
     assert "sampler/reused" not in lines[0]
 
 
+def test_a_run_whose_sampler_keeps_nothing_says_so_once(tiny_model, tmp_path, capsys):
+    sampler = {"name": "plain", "max_new_tokens": 6}
+    lines, said = trained(tiny_model, tmp_path / "run", capsys, rollout={"reuse_bytes": 1 << 28}, sampler=sampler)
+    assert said.count("rollout.reuse_bytes has no effect here") == 1
+    assert [line["sampler/reused"] for line in lines] == [0.0] * 4
+
+
 def test_a_model_whose_numbers_would_be_others_is_left_alone(tiny_model, tmp_path, capsys, monkeypatch):
     """Here what is kept is not what was computed."""
     heard = Recall.heard
@@ -276,9 +283,15 @@ def test_a_mixture_of_experts_computes_what_its_experts_are_given(tmp_path, caps
         assert other["sampler/reused"] > 0.5
 
 
-def test_a_resumed_run_goes_on_to_the_same_bytes(tiny_model, tmp_path, capsys, monkeypatch):
-    """Its third step is in the journal: it is drawn again, and looked up."""
-    sections = {"rollout": {"reuse_bytes": 1 << 28}, "run": {"steps": 5, "checkpoint": {"every": 2}}}
+@pytest.mark.parametrize("redraws", [0, 2])
+def test_a_resumed_run_goes_on_to_the_same_bytes(tiny_model, tmp_path, capsys, monkeypatch, redraws):
+    """Its third step is in the journal: it is drawn again, and looked up, also what was drawn in place of groups that
+    are not worth it."""
+    sections = {
+        "rollout": {"reuse_bytes": 1 << 28, "redraws": redraws},
+        "run": {"steps": 5, "checkpoint": {"every": 2}},
+    }
+    monkeypatch.setattr(RolloutAlgorithm, "keep", lambda self, group: group.index % 2 == 0 or not redraws)
     trained(tiny_model, tmp_path / "whole", capsys, **sections)
     notify = Session._notify
 
@@ -287,11 +300,10 @@ def test_a_resumed_run_goes_on_to_the_same_bytes(tiny_model, tmp_path, capsys, m
         if arguments.get("step") == 3 and hook == "prefopt_step_finished":
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(Session, "_notify", stopping)
-    with pytest.raises(KeyboardInterrupt):
-        trained(tiny_model, tmp_path / "part", capsys, **sections)
-    monkeypatch.undo()
-    monkeypatch.setattr(fewrows, "LEAST", 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(Session, "_notify", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            trained(tiny_model, tmp_path / "part", capsys, **sections)
     train_on(tiny_model, tmp_path / "part", {**SECTIONS, **sections}, resume=True)
     for name in ("metrics.jsonl", "model/model.safetensors", "rollouts.parquet"):
         assert (tmp_path / "part" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
