@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from prefopt.engine.fewrows import able
-from prefopt.engine.graphed import Graphed
+from prefopt.engine.graphed import Graphed, tried_graphs
 from prefopt.engine.probe import WINDOW, narrow
 from prefopt.engine.shared import Shared
 from prefopt.engine.slots import Slots
@@ -25,6 +25,8 @@ PROMPTS = ((5, 6, 7, 8, 9, 10, 11), (3,), (6, 7, 8, 9), (9, 8, 7, 6, 5, 4, 3, 2,
 STEPS = 2 * WINDOW
 Maker = Callable[..., Slots]
 """Makes an arena of a network and the numbers that `LanguageModel.arena` is told."""
+TRIED: dict[Maker, Maker] = {Graphed: partial(Graphed, recorder=tried_graphs)}
+"""What is probed in place of a maker."""
 
 
 class Apart:
@@ -60,8 +62,8 @@ class Apart:
         self.caches[slot], self.logits[slot] = out.past_key_values, out.logits[0, -1]
 
 
-_known: WeakKeyDictionary[nn.Module, Maker | None] = WeakKeyDictionary()
-"""Of each network what makes its arena; None where slots do not hold."""
+_known: WeakKeyDictionary[nn.Module, tuple[torch.device, Maker | None]] = WeakKeyDictionary()
+"""Of each network where it was probed, and what makes its arena there; None where slots do not hold."""
 
 
 def arena(
@@ -69,16 +71,18 @@ def arena(
 ) -> Arena:
     """The fastest arena whose steps give what the network gives for each row read whole. `warn` hears once why it is
     a slower one."""
-    if network not in _known or (_known[network] is Shared and not Shared.serves(network)):
-        _known[network] = _probed(network, warn)
-    maker = _known[network]
+    device = network.get_input_embeddings().weight.device  # type: ignore[operator]
+    where, maker = _known.get(network, (None, None))
+    if where != device or (maker is Shared and not Shared.serves(network)):
+        maker = _probed(network, warn)
+        _known[network] = device, maker
     return Apart(network) if maker is None else maker(network, slots, prompt, room, whole)
 
 
 def _probed(network: nn.Module, warn: Callable[[str], None]) -> Maker | None:
     first = None
     for maker in _makers(network):
-        reason = disagreement(network, maker)
+        reason = disagreement(network, TRIED.get(maker, maker))
         if reason is None:
             if first is not None:
                 warn(f"rows are drawn in a slower way: the fastest does not hold for this model: {first}")

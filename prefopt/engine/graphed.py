@@ -12,34 +12,51 @@ from torch import Tensor
 
 from prefopt.engine.slots import BLOCK, Layer, Slots
 
-NARROWEST = 2 * BLOCK
-"""Columns that the narrowest recorded step sees; the others see twice as many as the one before."""
-Play: TypeAlias = Callable[[], Tensor]
+WIDTH, ROWS = 2 * BLOCK, 16
+"""Recorded steps see so many columns or a multiple, and have a power of two of rows up to so many or a multiple."""
+Play: TypeAlias = Callable[[], object]
 Recorder: TypeAlias = Callable[[Play], Play]
-"""Runs something once, and gives what does it again on the same tensors, without Python."""
+"""Gives what does again what a call does, on the same tensors and without Python; the call itself may be left out."""
 
 
-def cuda_graphs() -> Recorder:
+def cuda_graphs(device: torch.device) -> Recorder:
     """Records CUDA graphs that share their memory: they are played one after the other."""
     pool = torch.cuda.graph_pool_handle()
 
     def record(run: Play) -> Play:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):  # rewards may compute meanwhile
-            found = run()
-
-        def play() -> Tensor:
-            graph.replay()
-            return found
-
-        return play
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream(device)
+        try:  # rewards may compute meanwhile, in another thread
+            with torch.cuda.device(device), torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+                run()
+        except BaseException:
+            torch.cuda.set_stream(stream)  # PyTorch stays on its own where it could not end what it recorded
+            raise
+        return graph.replay
 
     return record
 
 
+def tried_graphs(device: torch.device) -> Recorder:
+    """The same, for models that may not allow it: what waits for the device or takes numbers of the host is found in a
+    run before, for a recording that breaks off leaves PyTorch's memory in disorder. Only while nothing else uses the
+    device."""
+    record = cuda_graphs(device)
+
+    def tried(run: Play) -> Play:
+        before = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            run()
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+        return record(run)
+
+    return tried
+
+
 class Graphed(Slots):
-    """Implements `prefopt.sampling.Arena` with recorded steps, each for a number of rows and of columns: powers of two,
-    or all there are. Rows beyond those asked for write into a column that no row sees."""
+    """Implements `prefopt.sampling.Arena` with recorded steps, one for each number of rows and of columns, rounded up.
+    Rows beyond those asked for write into a column that no row sees."""
 
     def __init__(
         self,
@@ -48,14 +65,15 @@ class Graphed(Slots):
         prompt: int,
         room: int,
         whole: int | None = None,
-        recorder: Callable[[], Recorder] = cuda_graphs,
+        recorder: Callable[[torch.device], Recorder] = cuda_graphs,
     ) -> None:
-        self.seen = _rounded(prompt + room if whole is None else whole)
+        self.seen = _multiple(prompt + room if whole is None else whole, BLOCK)
         """Columns that rows see; the one behind them is nobody's."""
         super().__init__(network, slots, prompt, room, whole, fast=False)
         self.tokens, self.positions, self.columns = torch.zeros(3, slots, dtype=torch.long, device=self.device)
-        self.record = recorder()
-        self.steps: dict[tuple[int, int], Play | None] = {}
+        self.logits: Tensor | None = None
+        self.record = recorder(self.device)
+        self.steps: dict[tuple[int, ...], Play | None] = {}
         """By rows and columns; None for a step that was computed but not recorded yet."""
 
     @staticmethod
@@ -72,32 +90,37 @@ class Graphed(Slots):
         self.tokens[:n], self.positions[:n], self.columns[:n] = tokens, positions, positions
         self.positions[n:].fill_(0)
         self.columns[n:].fill_(self.seen)
-        size = _power(n, 1, len(self.tokens)), _power(width, NARROWEST, self.seen)
-        return self._stepped(size)[:n].clone()
+        self._step(min(_rows(n), len(self.tokens)), min(_multiple(width, WIDTH), self.seen))
+        assert self.logits is not None
+        return self.logits[:n].clone()
 
-    def _stepped(self, size: tuple[int, int]) -> Tensor:
-        """A step of this size. The first is computed as it is, which makes everything ready; the second is recorded."""
+    def _step(self, *size: int) -> None:
+        """A step of so many rows and columns. The first is computed as it is, which makes everything ready; the second
+        is recorded."""
+        compute = partial(self._compute, *size)
         if size not in self.steps:
             self.steps[size] = None
-            return self._computed(*size)
-        play = self.steps[size] or self.record(partial(self._computed, *size))
-        self.steps[size] = play
-        return play()
+            compute()
+            return
+        self.steps[size] = play = self.steps[size] or self.record(compute)
+        play()
 
-    def _computed(self, rows: int, width: int) -> Tensor:
+    def _compute(self, rows: int, width: int) -> None:
         self._pass("extend", torch.arange(rows, device=self.device), self.columns[:rows], width)
-        return self._logits(self.tokens[:rows], self.positions[:rows], torch.arange(width, device=self.device))
+        found = self._logits(self.tokens[:rows], self.positions[:rows], torch.arange(width, device=self.device))
+        if self.logits is None:
+            self.logits = found.new_empty(len(self.tokens), found.shape[1])
+        self.logits[:rows] = found
 
 
-def _rounded(columns: int) -> int:
-    """As many, up to a whole number of blocks: attention of some kinds wants a mask of such a width."""
-    return -(-columns // BLOCK) * BLOCK
+def _multiple(n: int, of: int) -> int:
+    """`n` rounded up to it; attention of some kinds wants a mask as wide as a multiple of eight."""
+    return -(-n // of) * of
 
 
-def _power(n: int, least: int, most: int) -> int:
-    """`n` rounded up to a power of two times `least`, and not beyond `most`.
-
-    >>> [_power(n, 1, 6) for n in range(1, 7)]
-    [1, 2, 4, 4, 6, 6]
+def _rows(n: int) -> int:
     """
-    return min(most, least << max(0, (-(-n // least) - 1).bit_length()))
+    >>> [_rows(n) for n in (1, 3, 9, 16, 17, 33)]
+    [1, 4, 16, 16, 32, 48]
+    """
+    return 1 << (n - 1).bit_length() if n <= ROWS else _multiple(n, ROWS)

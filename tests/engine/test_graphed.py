@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import gc
 import weakref
+from contextlib import contextmanager
 from functools import partial
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 from transformers import AutoModelForCausalLM
@@ -18,14 +20,17 @@ from prefopt.builtin.continuous import Continuous, _Drawing
 from prefopt.builtin.samplers import Plain
 from prefopt.engine import arena as arenas
 from prefopt.engine.arena import arena, disagreement
-from prefopt.engine.graphed import Graphed
+from prefopt.engine.graphed import Graphed, cuda_graphs, tried_graphs
 from prefopt.engine.models import open_model
 from prefopt.engine.probe import WINDOW
 from prefopt.engine.slots import Slots
 
 CPU = torch.device("cpu")
-REFUSED = ("_local_scalar_dense", "nonzero", "masked_select", "lift_fresh", "equal", "is_nonzero")
-"""The host waits for the device, or gives it numbers of its own."""
+REFUSED = {"_local_scalar_dense", "nonzero", "masked_select", "lift_fresh", "equal", "is_nonzero", "_unique2"}
+CALLS = {"tolist", "numpy", "cpu", "item", "__array__", "__bool__", "__int__", "__float__", "__index__"}
+"""Operations and methods for which the host waits for the device, or gives it numbers of its own."""
+MESSAGE = "operation not permitted when stream is capturing"
+REQUESTS = [Request(tuple(range(5, 5 + (1, 3, 60, 7, 1)[i % 5])), 100 + i) for i in range(14)]
 with_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
@@ -40,12 +45,12 @@ class Tape(TorchDispatchMode):
         name = func.__name__.partition(".")[0]
         masked = name == "index" and any(x is not None and x.dtype == torch.bool for x in args[1])
         if name in REFUSED or masked:
-            raise RuntimeError(f"operation not permitted when stream is capturing: {name}")
+            raise RuntimeError(f"{MESSAGE}: {name}")
         found = func(*args, **(kwargs or {}))
         self.steps.append((func, args, kwargs or {}, found))
         return found
 
-    def play(self, result):
+    def play(self):
         known = {}
 
         def now(x):
@@ -54,7 +59,21 @@ class Tape(TorchDispatchMode):
         for func, args, kwargs, before in self.steps:
             again = func(*tree_map_only(torch.Tensor, now, args), **tree_map_only(torch.Tensor, now, kwargs))
             known |= {id(a): b for a, b in zip(tree_flatten(before)[0], tree_flatten(again)[0], strict=True)}
-        return now(result)
+
+
+class Alone(TorchFunctionMode):
+    """The host neither waits nor looks within it."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if getattr(func, "__name__", "") in CALLS:
+            raise RuntimeError(f"{MESSAGE}: {func.__name__}")
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def recording():
+    with Tape() as tape, Alone():
+        yield tape
 
 
 @pytest.fixture
@@ -66,18 +85,18 @@ def tapes():
 @pytest.fixture
 def recorder(tapes):
     def record(run):
-        with Tape() as tape:
-            found = run()
+        with recording() as tape:
+            run()
         tapes.append([tape, 0])
         entry = tapes[-1]
 
         def play():
             entry[1] += 1
-            return tape.play(found)
+            tape.play()
 
         return play
 
-    return lambda: record
+    return lambda device: record
 
 
 @pytest.fixture
@@ -95,14 +114,15 @@ def test_text_is_that_of_the_plain_sampler(tiny_model, graphed, tapes, monkeypat
     """With refill, prompts of one token, rows that end, and steps of more than one size."""
     monkeypatch.setattr(arenas, "_makers", lambda network: iter([graphed]))
     model = open_model(str(tiny_model), CPU)
-    prompts = [tuple(range(5, 5 + size)) for size in (1, 3, 60, 7, 1)]
-    requests = [Request(prompts[i % 5], 100 + i) for i in range(14)]
-    sampler, plain = Continuous(max_new_tokens=90, slots=5), Plain(max_new_tokens=90)
-    before = len(tapes)
-    found, expected = (sorted((i, c.ids) for i, c in s.open(model)(requests)) for s in (sampler, plain))
+    found, expected = both_texts(model)
     assert found == expected
-    assert len(tapes) > before + 3
+    assert len(tapes) > 4
     assert sum(played for _, played in tapes) > 10 * len(tapes)
+
+
+def both_texts(model):
+    samplers = Continuous(max_new_tokens=90, slots=5), Plain(max_new_tokens=90)
+    return [sorted((i, c.ids) for i, c in s.open(model)(REQUESTS)) for s in samplers]
 
 
 def test_rows_that_were_not_asked_for_leave_every_place_as_it_was(tiny_model, graphed):
@@ -148,13 +168,20 @@ def test_a_model_that_asks_the_host_is_drawn_without(tiny_model, graphed, monkey
     network.lm_head.register_forward_hook(lambda module, inputs, logits: logits * float(logits.isfinite().all()))
     heard: list[str] = []
     monkeypatch.setattr(Graphed, "serves", staticmethod(lambda network: True))
-    monkeypatch.setattr(arenas, "Graphed", graphed)
-    graphed.serves = Graphed.serves
+    monkeypatch.setitem(arenas.TRIED, Graphed, graphed)
     assert not isinstance(arena(network, 2, 4, 4, None, heard.append), Graphed)
-    assert heard == [
-        "rows are drawn in a slower way: the fastest does not hold for this model: RuntimeError: operation not "
-        "permitted when stream is capturing: _local_scalar_dense"
-    ]
+    reason = f"RuntimeError: {MESSAGE}: __float__"
+    assert heard == [f"rows are drawn in a slower way: the fastest does not hold for this model: {reason}"]
+
+
+def test_a_model_is_probed_again_on_another_device(tiny_model, monkeypatch):
+    network, asked = AutoModelForCausalLM.from_pretrained(tiny_model), []
+    monkeypatch.setattr(arenas, "_probed", lambda network, warn: asked.append(network.device.type) or Slots)
+    for _ in range(2):
+        arena(network, 1, 1, 1, None, print)
+    network.to("meta")
+    arena(network, 1, 1, 1, None, print)
+    assert asked == ["cpu", "meta"]
 
 
 @pytest.mark.parametrize(
@@ -172,9 +199,8 @@ def test_the_host_waits_for_no_token(tiny_model, setting, graphed, monkeypatch):
     drawing._admit()
     for k in range(2):
         drawing._step(3, 4 + k)
-    arena = drawing.arenas[0]
-    monkeypatch.setattr(arena, "_stepped", lambda size: torch.zeros(size[0], 64))
-    with Tape():
+    monkeypatch.setattr(drawing.arenas[0], "_step", lambda rows, width: None)
+    with recording():
         for k in range(2, 10):
             drawing._step(3, 4 + k)
     assert int(drawing.rows.count[:3].max()) == 10
@@ -189,8 +215,20 @@ def test_graphs_of_a_gpu_hold(architecture):
 @with_gpu
 def test_text_drawn_with_graphs_is_that_of_the_plain_sampler(tiny_model):
     model = open_model(str(tiny_model), torch.device("cuda"))
-    requests = [Request(tuple(range(5, 5 + i % 4)) or (9,), 100 + i) for i in range(14)]
     assert isinstance(model.arena(2, 2, 2), Graphed)
-    samplers = Continuous(max_new_tokens=90, slots=5), Plain(max_new_tokens=90)
-    found, expected = (sorted((i, c.ids) for i, c in s.open(model)(requests)) for s in samplers)
+    found, expected = both_texts(model)
     assert found == expected
+
+
+@with_gpu
+@pytest.mark.parametrize("recorder", [cuda_graphs, tried_graphs])
+def test_a_gpu_goes_on_after_a_recording_that_broke_off(recorder):
+    device, stream = torch.device("cuda"), torch.cuda.current_stream()
+    x = torch.ones(1, device=device)
+    with pytest.raises(RuntimeError):
+        recorder(device)(x.item)
+    assert torch.cuda.current_stream() == stream
+    play = cuda_graphs(device)(lambda: x.add_(1))
+    play()
+    assert x.item() == 2
+    assert torch.rand(1, device=device).item() < 1
