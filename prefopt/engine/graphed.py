@@ -88,7 +88,7 @@ class Graphed(Slots):
     def advance(self, tokens: Tensor, positions: Tensor, width: int) -> Tensor:
         n = len(tokens)
         self.tokens[:n], self.positions[:n], self.columns[:n] = tokens, positions, positions
-        self.positions[n:].fill_(0)
+        self.positions[n:].fill_(0)  # they see something: what is no number stays out
         self.columns[n:].fill_(self.seen)
         self._step(min(_rows(n), len(self.tokens)), min(_multiple(width, WIDTH), self.seen))
         assert self.logits is not None

@@ -19,7 +19,7 @@ from prefopt.engine.fewrows import FewRows
 from prefopt.engine.lora import Without
 from prefopt.engine.models import Model, load_causal, open_model
 from prefopt.engine.shared import Shared
-from prefopt.engine.slots import Layer, Slots
+from prefopt.engine.slots import Layer, Slots, visible
 from prefopt.testing.tiny import build_tiny
 
 CPU = torch.device("cpu")
@@ -59,12 +59,32 @@ def test_a_window_is_kept_in_the_probe_and_after_it(tmp_path):
     assert network.config.sliding_window == 6
 
 
+def test_a_window_that_is_not_kept_is_found_though_the_probe_is_shorter(tmp_path, monkeypatch):
+    build_tiny(tmp_path / "mistral", model_type="mistral", sliding_window=64)
+    network = AutoModelForCausalLM.from_pretrained(tmp_path / "mistral")
+    assert disagreement(network, Slots) is None
+    monkeypatch.setattr("prefopt.engine.slots.visible", lambda *told: visible(*told[:2], None))
+    assert "differ" in disagreement(network, Slots)
+
+
 def test_a_word_that_is_ruled_out_is_no_disagreement(tiny_model):
     network = AutoModelForCausalLM.from_pretrained(tiny_model)
     network.lm_head.register_forward_hook(
         lambda module, inputs, logits: logits.index_fill(-1, torch.tensor([7]), -torch.inf)
     )
     assert [disagreement(network, maker) for maker in MAKERS] == [None, None]
+
+
+@pytest.mark.parametrize("ruled_out", ["whole", "steps"])
+def test_a_word_that_is_ruled_out_in_one_way_alone_is_one(tiny_model, ruled_out):
+    network = AutoModelForCausalLM.from_pretrained(tiny_model)
+
+    def hook(module, inputs, logits):
+        return logits.index_fill(-1, torch.tensor([7]), -torch.inf) if (logits.shape[1] > 1) == whole else logits
+
+    whole = ruled_out == "whole"
+    network.lm_head.register_forward_hook(hook)
+    assert "differ" in disagreement(network, Slots)
 
 
 def test_a_model_whose_slots_do_not_hold_is_drawn_row_by_row_and_says_so_once(tiny_model, monkeypatch):

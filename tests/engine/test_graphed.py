@@ -137,6 +137,14 @@ def test_rows_that_were_not_asked_for_leave_every_place_as_it_was(tiny_model, gr
     assert all(map(torch.equal, before, after))
 
 
+def test_steps_are_recorded_for_numbers_rounded_up_to_what_there_is(tiny_model, graphed):
+    slots = graphed(AutoModelForCausalLM.from_pretrained(tiny_model), 40, 100, 100, 150)
+    for rows, width in ((3, 5), (4, 128), (17, 129), (40, 150)):
+        slots.advance(torch.full((rows,), 7), torch.full((rows,), width - 1), width)
+    assert slots.seen == 192
+    assert [*slots.steps] == [(4, 128), (32, 192), (40, 192)]
+
+
 def test_logits_stay_when_another_step_is_played(tiny_model, graphed):
     network = AutoModelForCausalLM.from_pretrained(tiny_model)
     slots, plain = graphed(network, 1, 2, 8), Slots(network, 1, 2, 8)
