@@ -19,7 +19,7 @@ from prefopt.engine.fewrows import FewRows
 from prefopt.engine.lora import Without
 from prefopt.engine.models import Model, load_causal, open_model
 from prefopt.engine.shared import Shared
-from prefopt.engine.slots import Layer, Slots, visible
+from prefopt.engine.slots import READ_TOKENS, Layer, Slots, parts, visible
 from prefopt.testing.tiny import build_tiny
 
 CPU = torch.device("cpu")
@@ -126,6 +126,31 @@ def test_a_model_that_refuses_is_drawn_row_by_row(tiny_model):
     heard: list[str] = []
     assert isinstance(arena(Refusing(), 2, 4, 4, None, heard.append), Apart)
     assert heard[0].endswith("ValueError: no masks here")
+
+
+def test_a_prompt_does_not_see_what_stood_in_its_place(tiny_model):
+    """Not even times 0: what stood there are numbers that are none."""
+    network = AutoModelForCausalLM.from_pretrained(tiny_model)
+    slots = Shared(network, 1, 9, 4)
+    slots.read([tuple(range(5, 14))], [0])
+    for layer in slots.layers:
+        for x in layer.prompts:
+            x.fill_(torch.nan)
+    slots.read([(5, 6)], [0])
+    logits = slots.advance(torch.tensor([7]), torch.tensor([2]), 3)
+    with torch.no_grad():
+        assert torch.allclose(logits[0], network(torch.tensor([[5, 6, 7]])).logits[0, -1], atol=1e-5)
+
+
+def test_a_pass_reads_so_many_tokens_of_prompts():
+    """With the longest first."""
+    size = READ_TOKENS // 2
+    sizes = [size, size - 1, size, size - 2, size]
+    assert [[sizes[i] for i in part] for part in parts([(1,) * n for n in sizes])] == [
+        [size, size],
+        [size - 1, size],
+        [size - 2],
+    ]
 
 
 @pytest.mark.parametrize("maker", MAKERS)

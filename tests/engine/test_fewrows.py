@@ -251,12 +251,21 @@ class Module(nn.Module):
 
 @pytest.mark.parametrize(
     ("rows", "width", "tokens", "more"),
-    [(4, 7, 1, {}), (3, 8, 1, {}), (2, 7, 1, {}), (3, 7, 2, {}), (3, 7, 1, {"position_bias": 0.0})],
+    [
+        (4, 7, 1, {}),
+        (3, 8, 1, {}),
+        (2, 7, 1, {}),
+        (3, 7, 2, {}),
+        (3, 7, 1, {"position_bias": 0.0}),
+        (3, 7, 1, {"dtype": torch.float64}),
+    ],
 )
 def test_attention_of_other_rows_or_tokens_is_not_taken_over(rows, width, tokens, more, monkeypatch):
-    """Here 3 rows with 7 tokens of their own are announced."""
+    """Here 3 rows with 7 tokens of their own are announced, in float32."""
     monkeypatch.setattr(fewrows, "_attention", None)
-    query, key = numbers(rows, 2, tokens, 4), numbers(rows, 2, width, 4)
+    more = {**more}
+    dtype = more.pop("dtype", torch.float32)
+    query, key = (numbers(rows, 2, size, 4).to(dtype) for size in (tokens, width))
     mask = torch.ones(rows, 1, tokens, width, dtype=torch.bool)
     given = {name: torch.zeros(rows, 2, tokens, width) for name in more}
     expected = torch.nn.functional.scaled_dot_product_attention(query, key, key)

@@ -187,6 +187,22 @@ def test_nothing_is_spared_where_nearly_all_is_looked_at(tiny_model):
         assert "forward" not in vars(mlp)
 
 
+def test_a_module_that_is_given_anything_else_makes_all_of_it(tiny_model):
+    """Another number of tokens, or more than states alone."""
+    network = AutoModelForCausalLM.from_pretrained(tiny_model)
+    mlp = network.model.layers[-1].mlp
+    states = torch.randn(1, 10, 24, generator=torch.Generator().manual_seed(0))
+    mlp.forward = usual = lambda x, scale=1.0, forward=mlp.forward: scale * forward(x)
+    with looked_at(network, ("model.layers.1.mlp",), torch.arange(3), (1, 10)) as done, torch.no_grad():
+        for given, more in ((states[:, :8], {}), (states, {"scale": 2.0})):
+            torch.testing.assert_close(mlp(given, **more), usual(given, **more))
+        assert not done
+        spared_some = mlp(states)
+        torch.testing.assert_close(spared_some[:, :3], usual(states[:, :3]))
+        assert not spared_some[:, 3:].any()
+        assert done == {"model.layers.1.mlp"}
+
+
 def test_a_forward_of_its_own_comes_back(tiny_model):
     network = AutoModelForCausalLM.from_pretrained(tiny_model)
     mlp = network.model.layers[-1].mlp
