@@ -131,13 +131,13 @@ def test_a_model_that_refuses_is_drawn_row_by_row(tiny_model):
 def test_a_prompt_does_not_see_what_stood_in_its_place(tiny_model):
     """Not even times 0: what stood there are numbers that are none."""
     network = AutoModelForCausalLM.from_pretrained(tiny_model)
-    slots = Shared(network, 1, 9, 4)
-    slots.read([tuple(range(5, 14))], [0])
+    slots = Shared(network, 2, 9, 4)
+    slots.read([tuple(range(4, 13)), tuple(range(5, 14))], [0, 1])
     for layer in slots.layers:
         for x in layer.prompts:
-            x.fill_(torch.nan)
+            x[slots.place[0]] = torch.nan
     slots.read([(5, 6)], [0])
-    logits = slots.advance(torch.tensor([7]), torch.tensor([2]), 3)
+    logits = slots.advance(torch.tensor([7, 8]), torch.tensor([2, 9]), 10)
     with torch.no_grad():
         assert torch.allclose(logits[0], network(torch.tensor([[5, 6, 7]])).logits[0, -1], atol=1e-5)
 
