@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import sysconfig
@@ -133,6 +134,8 @@ def test_a_plugin_from_outside_has_every_right_without_an_edit_in_the_core(wheel
     assert len(failures) == 1
     assert failures[0].endswith("Failed: write Outsider.loss in src/prefopt_outsider/method.py")
     assert "Traceback" not in unwritten
+    promised = sum(int(number) for number in re.findall(r"(\d+) (?:passed|failed|skipped)", unwritten))
+    assert promised > 15
 
     method = source / "src/prefopt_outsider/method.py"
     text = method.read_text()
@@ -142,7 +145,8 @@ def test_a_plugin_from_outside_has_every_right_without_an_edit_in_the_core(wheel
     environment.remove("prefopt-outsider")
     environment.install(build(source, tmp_path))
 
-    assert "18 passed" in environment("python", "-m", "pytest", "-q", "-p", "no:cacheprovider", source)
+    written = environment("python", "-m", "pytest", "-q", "-p", "no:cacheprovider", source)
+    assert re.search(r"(\d+) passed", written)[1] == str(promised), (unwritten, written)
     assert "outsider" in environment("prefopt", "plugins", "list")
     assert "setting     beta (default 0.1, above 0)" in environment("prefopt", "explain", "outsider")
     assert "algorithm.outsider" in environment("prefopt", "schema")

@@ -31,7 +31,6 @@ CALLS = {"tolist", "numpy", "cpu", "item", "__array__", "__bool__", "__int__", "
 """Operations and methods for which the host waits for the device, or gives it numbers of its own."""
 MESSAGE = "operation not permitted when stream is capturing"
 REQUESTS = [Request(tuple(range(5, 5 + (1, 3, 60, 7, 1)[i % 5])), 100 + i) for i in range(14)]
-with_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
 class Tape(TorchDispatchMode):
@@ -214,13 +213,13 @@ def test_the_host_waits_for_no_token(tiny_model, setting, graphed, monkeypatch):
     assert int(drawing.rows.count[:3].max()) == 10
 
 
-@with_gpu
+@pytest.mark.gpu
 def test_graphs_of_a_gpu_hold(architecture):
     network = AutoModelForCausalLM.from_pretrained(architecture).cuda()
     assert disagreement(network, Graphed) is None
 
 
-@with_gpu
+@pytest.mark.gpu
 def test_text_drawn_with_graphs_is_that_of_the_plain_sampler(tiny_model):
     model = open_model(str(tiny_model), torch.device("cuda"))
     assert isinstance(model.arena(2, 2, 2), Graphed)
@@ -228,7 +227,7 @@ def test_text_drawn_with_graphs_is_that_of_the_plain_sampler(tiny_model):
     assert found == expected
 
 
-@with_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("recorder", [cuda_graphs, tried_graphs])
 def test_a_gpu_goes_on_after_a_recording_that_broke_off(recorder):
     device, stream = torch.device("cuda"), torch.cuda.current_stream()
