@@ -243,6 +243,7 @@ def main() -> None:
     settings |= {name: getattr(options, name) for name in (*SIZES, "device")} | {"torch": torch.__version__}
     found = json.loads(options.out.read_text("utf-8")) if options.out.exists() else {}
     if options.vllm:
+        settings["cache_gb"] = os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1")
         found["against_vllm"] = {"settings": settings, **compare_vllm(options)}
     else:
         found |= {"settings": settings, **against_generate(options)}

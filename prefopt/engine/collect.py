@@ -58,8 +58,8 @@ class Collector:
         if found is None:
             found = self._collected(step)
             self.journal.write(step, found)
-        elif self.again:
-            for index in found.drawn:
+        elif self.again and found.rollouts:
+            for index in [self.order.step(step)] if found.drawn is None else found.drawn:
                 opened = self._opened_rows([(place, self._row(i)) for place, i in enumerate(index)])
                 deque(self._drawn(step, [(row, ids) for _, row, ids in opened]), maxlen=0)
         self.drawn(step, found.rollouts)

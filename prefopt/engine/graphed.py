@@ -3,8 +3,9 @@ model in Python makes thousands. Knows slots and tokens; what records is told fr
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, TypeAlias
 
 import torch
@@ -21,19 +22,26 @@ Recorder: TypeAlias = Callable[[Play], Play]
 
 def cuda_graphs(device: torch.device) -> Recorder:
     """Records CUDA graphs that share their memory: they are played one after the other."""
-    pool = torch.cuda.graph_pool_handle()
+    pool, aside = torch.cuda.graph_pool_handle(), _aside(device)
 
     def record(run: Play) -> Play:
-        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream(device)
-        try:  # rewards may compute meanwhile, in another thread
-            with torch.cuda.device(device), torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        graph = torch.cuda.CUDAGraph()
+        aside.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(aside):
+            graph.capture_begin(pool, capture_error_mode="thread_local")  # rewards may compute in another thread
+            try:
                 run()
-        except BaseException:
-            torch.cuda.set_stream(stream)  # PyTorch stays on its own where it could not end what it recorded
-            raise
+            finally:
+                graph.capture_end()
         return graph.replay
 
     return record
+
+
+@lru_cache
+def _aside(device: torch.device) -> torch.cuda.Stream:
+    """Where graphs of a device are recorded; one for all, for products keep memory for each stream."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 def tried_graphs(device: torch.device) -> Recorder:
@@ -44,11 +52,12 @@ def tried_graphs(device: torch.device) -> Recorder:
 
     def tried(run: Play) -> Play:
         before = torch.cuda.get_sync_debug_mode()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            run()
-        finally:
-            torch.cuda.set_sync_debug_mode(before)
+        with warnings.catch_warnings(action="ignore"):  # that it is experimental
+            try:
+                torch.cuda.set_sync_debug_mode("error")
+                run()
+            finally:
+                torch.cuda.set_sync_debug_mode(before)
         return record(run)
 
     return tried

@@ -26,8 +26,9 @@ class Collected:
     metrics: Mapping[str, float] = field(default_factory=dict)
     sampled: int = 0
     """Tokens drawn, those that were not kept included."""
-    drawn: List[List[int]] = ()
-    """The rows that were drawn for together, one time after the other, those that were not kept included."""
+    drawn: List[List[int]] | None = None
+    """The rows that were drawn for together, one time after the other, those that were not kept included; None for a
+    step that an older version kept."""
 
 
 class Journal:
@@ -55,7 +56,7 @@ class Journal:
             return None
         record = json.loads(self._file(step).read_text("utf-8"))
         rollouts = [_rollout(group, row(group["row"])) for group in record["rollouts"]]
-        return Collected(rollouts, record["metrics"], record["sampled"], record.get("drawn", ()))
+        return Collected(rollouts, record["metrics"], record["sampled"], record.get("drawn"))
 
     def close(self, table: Path) -> None:
         """Writes the whole journal as one table, a row for each completion, and removes the files."""

@@ -163,8 +163,8 @@ class Loop:
         metrics = backward(self.algorithm, self._training(number, "rows"), built, gap)
         if gap and self.recall is not None:
             metrics["sampler/reused"] = self.recall.share
-            if not self.recall.share:
-                self._warn_once("rollout.reuse_bytes has no effect here: nothing that a step draws is looked up in it")
+            if not self.recall.share and not self.recall.short:
+                self._warn_once("rollout.reuse_bytes has no effect: nothing that a step had drawn was looked up in it")
         if self.mix is not None and mixed is not None:
             found = backward(self.mix.algorithm, replace(self._training(number, "mix"), temperature=1.0), mixed)
             metrics["loss/total"] += found["loss/total"]

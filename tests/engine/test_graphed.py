@@ -26,7 +26,8 @@ from prefopt.engine.probe import WINDOW
 from prefopt.engine.slots import Slots
 
 CPU = torch.device("cpu")
-REFUSED = {"_local_scalar_dense", "nonzero", "masked_select", "lift_fresh", "equal", "is_nonzero", "_unique2"}
+REFUSED = {"_local_scalar_dense", "nonzero", "masked_select", "lift_fresh", "equal", "is_nonzero", "bincount"}
+REFUSED |= {"_unique2", "unique_dim", "unique_consecutive", "repeat_interleave"}
 CALLS = {"tolist", "numpy", "cpu", "item", "__array__", "__bool__", "__int__", "__float__", "__index__"}
 """Operations and methods for which the host waits for the device, or gives it numbers of its own."""
 MESSAGE = "operation not permitted when stream is capturing"
@@ -42,7 +43,7 @@ class Tape(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.__name__.partition(".")[0]
-        masked = name == "index" and any(x is not None and x.dtype == torch.bool for x in args[1])
+        masked = name in ("index", "index_put_") and any(x is not None and x.dtype == torch.bool for x in args[1])
         if name in REFUSED or masked:
             raise RuntimeError(f"{MESSAGE}: {name}")
         found = func(*args, **(kwargs or {}))
@@ -216,7 +217,7 @@ def test_the_host_waits_for_no_token(tiny_model, setting, graphed, monkeypatch):
 @pytest.mark.gpu
 def test_graphs_of_a_gpu_hold(architecture):
     network = AutoModelForCausalLM.from_pretrained(architecture).cuda()
-    assert disagreement(network, Graphed) is None
+    assert disagreement(network, arenas.TRIED[Graphed]) is None
 
 
 @pytest.mark.gpu
@@ -228,14 +229,15 @@ def test_text_drawn_with_graphs_is_that_of_the_plain_sampler(tiny_model):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("recorder", [cuda_graphs, tried_graphs])
-def test_a_gpu_goes_on_after_a_recording_that_broke_off(recorder):
+def test_a_gpu_goes_on_after_what_cannot_be_recorded():
     device, stream = torch.device("cuda"), torch.cuda.current_stream()
     x = torch.ones(1, device=device)
     with pytest.raises(RuntimeError):
-        recorder(device)(x.item)
+        tried_graphs(device)(x.item)
     assert torch.cuda.current_stream() == stream
+    assert torch.rand(1, device=device).item() < 1
     play = cuda_graphs(device)(lambda: x.add_(1))
+    assert x.item() == 1
     play()
     assert x.item() == 2
-    assert torch.rand(1, device=device).item() < 1
+    assert torch.cuda.current_stream() == stream

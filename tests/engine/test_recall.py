@@ -238,10 +238,16 @@ def test_where_it_does_not_hold_the_run_says_why_and_goes_on(tiny_model, tmp_pat
     assert "sampler/reused" not in lines[0]
 
 
+def test_a_run_without_room_says_that_alone(tiny_model, tmp_path, capsys):
+    _, said = trained(tiny_model, tmp_path / "run", capsys, rollout={"reuse_bytes": 20_000})
+    assert said.count("nothing of the draws is reused: a step takes more than rollout.reuse_bytes, 20,000") == 1
+    assert "no effect" not in said
+
+
 def test_a_run_whose_sampler_keeps_nothing_says_so_once(tiny_model, tmp_path, capsys):
     sampler = {"name": "plain", "max_new_tokens": 6}
     lines, said = trained(tiny_model, tmp_path / "run", capsys, rollout={"reuse_bytes": 1 << 28}, sampler=sampler)
-    assert said.count("rollout.reuse_bytes has no effect here") == 1
+    assert said.count("rollout.reuse_bytes has no effect: nothing that a step had drawn was looked up in it") == 1
     assert [line["sampler/reused"] for line in lines] == [0.0] * 4
 
 
