@@ -241,6 +241,8 @@ def test_no_end_is_drawn_before_the_minimum_length(model):
     assert min(len(c.ids) for c in free) < 16
     assert all(end not in c.ids[:16] for c in found)
     assert any(c.finished for c in found)
+    soon = drawn(Continuous(max_new_tokens=3, temperature=1.5, min_new_tokens=2), model, requests(2000))
+    assert any(c.ids[2:] == (end,) for c in soon)
     first = probabilities(model, PROMPTS[0], 1.5)
     first[end] = 0
     assert found[0].logps[0] == pytest.approx(float((first / first.sum()).log()[found[0].ids[0]]), abs=1e-5)

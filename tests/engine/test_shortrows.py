@@ -92,8 +92,9 @@ def test_masks_that_come_and_go_are_told_apart():
         (lambda x: x, {"attn_mask": torch.zeros(TOKENS, TOKENS)}),
         (lambda x: x, {"attn_mask": mask().expand(-1, HEADS, -1, -1)}),
         (lambda x: torch.cat([x] * 30, 2), {"is_causal": True}),
+        (lambda x: x, {"is_causal": True, "dropout_p": 1.0}),
     ],
-    ids=["bfloat16", "no mask", "a mask that adds", "a mask for each head", "long rows"],
+    ids=["bfloat16", "no mask", "a mask that adds", "a mask for each head", "long rows", "dropout"],
 )
 def test_other_calls_are_left_to_pytorch(change, how, calls):
     given = [change(x) for x in inputs()]
@@ -102,6 +103,15 @@ def test_other_calls_are_left_to_pytorch(change, how, calls):
     assert torch.equal(found, scaled_dot_product_attention(*given, **how))
     assert calls == []
     assert 30 * TOKENS > LONGEST
+
+
+def test_keys_of_other_tokens_are_left_to_pytorch(calls):
+    query, key, _ = inputs()
+    visible = mask()[:, :, 4:]
+    with ShortRows():
+        found = scaled_dot_product_attention(query[:, :, 4:], key, key, attn_mask=visible)
+    torch.testing.assert_close(found, exact(query[:, :, 4:], key, key, visible, WIDTH**-0.5).float())
+    assert calls == []
 
 
 def test_what_would_be_kept_has_a_bound(calls, monkeypatch):
