@@ -128,7 +128,8 @@ def _multiple(n: int, of: int) -> int:
 
 
 def _rows(n: int) -> int:
-    """
+    """How many rows a step for `n` of them is recorded with.
+
     >>> [_rows(n) for n in (1, 3, 9, 16, 17, 33)]
     [1, 4, 16, 16, 32, 48]
     """
