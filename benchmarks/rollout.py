@@ -10,9 +10,9 @@ to the end's logit on both sides that makes MEAN tokens the mean length, a geome
 *equal*: no completion ends before EQUAL tokens. What counts are tokens of completions, with their end, without padding,
 by the clock and by the processor time of the process, which a busy machine disturbs less. Where all rows fit into the
 slots, every step reads every weight once: how many GB a second of them, at least, is told beside what copies move.
-With `--vllm` the other side is its CPU build, which continues the same prompts to the lengths that ours had drawn, once
-with the log-probability of each token, as TRL calls it and as ours always has them, and once without; OUT keeps the
-rest.
+With `--vllm` the other side is its CPU build, which continues the same prompts to the lengths that ours had drawn and
+tells the log-probability of each token, as ours always does; OUT keeps the rest. Each takes part twice: as it is and
+with `rollout.compile`, compiled as by default and eager. Nothing is compiled while the clock runs.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -39,6 +41,8 @@ CLOCKS = ("seconds", "cpu_seconds")
 COPIED, COPIES = 1 << 28, 8
 """Bytes moved to see how fast memory is, and how often."""
 SIDES = ("prefopt", "generate")
+COMPILED, EAGER = "prefopt compiled", "vLLM eager"
+OURS, THEIRS = ("prefopt", COMPILED), ("vLLM", EAGER)
 KINDS = ("uneven", "equal")
 Prompts = list[tuple[int, ...]]
 
@@ -103,22 +107,25 @@ def work(options: argparse.Namespace) -> None:
     from prefopt.engine.ranks import Ranks
 
     side, kind = options.work
-    if side == "prefopt":
+    if side in OURS:
         Ranks(options.device, options.threads)  # a run begins with it
     torch.set_num_threads(options.threads)
     device = torch.device(options.device)
-    model: Any = open_model(str(options.workload / "model"), device)
+    model: Any = replace(open_model(str(options.workload / "model"), device), compiled=side == COMPILED)
     greedy = kind == "greedy"
     prompts = read_prompts(options.workload, options.prompts, 1 if greedy else options.samples)
     lean_to_the_end(model.network, prompts, MEAN if kind == "uneven" else None)
     most = {"greedy": GREEDY, "uneven": LONGEST, "equal": EQUAL}[kind]
-    more = (options.slots,) if side == "prefopt" else ()
-    draw: Any = continuous if side == "prefopt" else generate
+    more = (options.slots,) if side in OURS else ()
+    draw: Any = continuous if side in OURS else generate
+    began = time.perf_counter()
     draw(model, prompts[:2], 2, greedy, *more)
+    ready = time.perf_counter() - began
     before, began, busy = peak_mb(device), time.perf_counter(), time.process_time()
     texts = draw(model, prompts, most, greedy, *more)
     found = {"seconds": time.perf_counter() - began, "cpu_seconds": time.process_time() - busy}
     found |= {"tokens": sum(map(len, texts)), "longest": max(map(len, texts)), "peak_mb": peak_mb(device)}
+    found["ready_seconds"] = ready
     if len(prompts) <= options.slots:
         weights = sum(p.numel() * p.element_size() for p in model.network.parameters())
         found |= {"weights_gb_per_second": weights * found["longest"] / found["seconds"] / 1e9}
@@ -185,24 +192,34 @@ def against_generate(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
 
 def compare_vllm(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """The same against vLLM, which gets all kinds in one process, for it takes a minute to start."""
-    kinds = [(kind, logps) for kind in KINDS for logps in (True, False)]
-    found: dict[str, dict[str, list[dict[str, Any]]]] = {_name(*kind): {"prefopt": [], "vllm": []} for kind in kinds}
+    pairs = {_name(*pair): pair for pair in product(KINDS, OURS, THEIRS)}
+    found: dict[str, dict[str, list[dict[str, Any]]]] = {
+        name: {ours: [], theirs: []} for name, (_, ours, theirs) in pairs.items()
+    }
     for _ in range(options.blocks):
-        kinds.reverse()
-        mine = {kind: block(options, "prefopt", kind) for kind in KINDS}
-        with tempfile.TemporaryDirectory() as folder:
-            jobs = Path(folder) / "jobs.json"
-            jobs.write_text(json.dumps([{**mine[kind]["drawn"], "logps": logps} for kind, logps in kinds]))
-            script = Path(__file__).with_name("rollout_vllm.py")
-            theirs = told(options, [str(options.vllm), str(script), str(options.workload / "model"), str(jobs)])
-        for (kind, logps), other in zip(kinds, theirs, strict=True):
-            for side, one in (("prefopt", mine[kind]), ("vllm", other)):
-                keep(found[_name(kind, logps)], side, _name(kind, logps), one)
-    return {kind: compared(blocks) for kind, blocks in found.items()}
+        blocks = {(kind, ours): block(options, ours, kind) for kind, ours in product(KINDS, OURS)}
+        drawn = [blocks[kind, OURS[0]]["drawn"] for kind in KINDS]
+        for theirs in THEIRS:
+            taken = block_vllm(options, drawn, theirs)
+            blocks |= {(kind, theirs): one for kind, one in zip(KINDS, taken, strict=True)}
+        for name, (kind, ours, theirs) in pairs.items():
+            for side in (ours, theirs):
+                keep(found[name], side, name, blocks[kind, side])
+    return {name: compared(blocks) for name, blocks in found.items()}
 
 
-def _name(kind: str, logps: bool) -> str:
-    return kind if logps else f"{kind}, without log-probabilities"
+def block_vllm(options: argparse.Namespace, drawn: list[dict[str, Any]], side: str) -> list[dict[str, Any]]:
+    """What it takes to continue the prompts to the lengths of each drawing."""
+    with tempfile.TemporaryDirectory() as folder:
+        jobs = Path(folder) / "jobs.json"
+        jobs.write_text(json.dumps(drawn))
+        script = Path(__file__).with_name("rollout_vllm.py")
+        command = [str(options.vllm), str(script), str(options.workload / "model"), str(jobs)]
+        return told(options, command + (["eager"] if side == EAGER else []))
+
+
+def _name(kind: str, ours: str, theirs: str) -> str:
+    return f"{kind}, {ours}, {theirs}"
 
 
 def keep(blocks: dict[str, list[dict[str, Any]]], side: str, kind: str, found: dict[str, Any]) -> None:

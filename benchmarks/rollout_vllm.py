@@ -1,10 +1,12 @@
 """vLLM's side of `rollout.py`, run by the interpreter of its own environment (`servers/make_venv.sh`).
 
-    python rollout_vllm.py MODEL JOBS.json
+    python rollout_vllm.py MODEL JOBS.json [eager]
 
-JOBS.json has lists of prompts, as token ids, how many tokens each is to be continued by, and whether log-probabilities
-of what was drawn are wanted. One line of JSON for each job says what it took: eager, float32, prompts that occur
-several times shared by its cache. `VLLM_CPU_KVCACHE_SPACE` says how many GB it may take for keys and values, 1 unless
+JOBS.json has lists of prompts, as token ids, and how many tokens each is to be continued by. One line of JSON for each
+job says what it took, with log-probabilities as TRL asks for them, in float32, prompts that occur several times shared
+by its cache; compiled, as vLLM is by default, or `eager`.
+
+`VLLM_CPU_KVCACHE_SPACE` says how many GB it may take for keys and values, 1 unless
 it is set.
 """
 
@@ -26,13 +28,13 @@ def main() -> None:
     longest = max(len(p) + n for job in jobs for p, n in zip(job["prompts"], job["lengths"], strict=True))
     engine = {
         "dtype": "float32",
-        "enforce_eager": True,
+        "enforce_eager": sys.argv[3:] == ["eager"],
         "logprobs_mode": "processed_logprobs",
     }  # the last as TRL has it
     llm = LLM(model=model, max_model_len=longest + 1, disable_log_stats=True, **engine)
     for job in jobs:
         prompts = [{"prompt_token_ids": prompt} for prompt in job["prompts"]]
-        usual = {"temperature": 1.0, "ignore_eos": True, "detokenize": False, "logprobs": 0 if job["logps"] else None}
+        usual = {"temperature": 1.0, "ignore_eos": True, "detokenize": False, "logprobs": 0}
         params = [SamplingParams(max_tokens=n, **usual) for n in job["lengths"]]
         llm.generate(prompts, [SamplingParams(max_tokens=2, **usual)] * len(prompts), use_tqdm=False)  # compiles, too
         llm.reset_prefix_cache()
@@ -41,7 +43,7 @@ def main() -> None:
         found = {"seconds": time.perf_counter() - began, "cpu_seconds": time.process_time() - busy}
         tokens = [len(output.outputs[0].token_ids) for output in outputs]
         assert tokens == job["lengths"]
-        assert all((output.outputs[0].logprobs is not None) == job["logps"] for output in outputs)
+        assert all(output.outputs[0].logprobs is not None for output in outputs)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         print(json.dumps({**found, "tokens": sum(tokens), "longest": max(tokens), "peak_mb": peak}), flush=True)
 

@@ -309,14 +309,17 @@ class Session:
 
     def _drawer(self, loop: Loop, draw: Draw) -> Drawer:
         """The sampler on the model that a draw comes from."""
-        policy = Model(loop.scorer.network, self.tokenizer, self.ranks.device, self._warn, loop.recall)
+        policy = self._model(loop.scorer.network, recall=loop.recall)
         if draw.source == "policy":
             return self._sampler.open(policy)
         assert isinstance(loop.reference, Resident), "a run that draws from the reference keeps it in memory"
-        reference = Model(loop.reference.network, self.tokenizer, self.ranks.device, self._warn)
-        if draw.source == "reference":
-            return self._sampler.open(reference)
-        return self._sampler.open(policy, reference, draw.mix)
+        reference = self._model(loop.reference.network)
+        given = (reference,) if draw.source == "reference" else (policy, reference, draw.mix)
+        return self._sampler.open(*given)
+
+    def _model(self, network: nn.Module, **more: Any) -> Model:
+        more["compiled"] = self.config.rollout.compile
+        return Model(network, self.tokenizer, self.ranks.device, self._warn, **more)
 
     def _fill(self, reference: Cached, loop: Loop, evaluator: Evaluator | None) -> None:
         """Scores every sequence the run will meet, while the reference is still there, and lets it go."""
@@ -348,13 +351,11 @@ class Session:
         if self.config.algorithm.trains_reward:
             scorer = RewardModel(loop.scorer, renderer, self.ranks.device)
             return lambda step, rows: Measured(rows, self.services, renderer, scorer=scorer)
-        sampler, warn = self._sampler, self._warn
-        policy = Model(loop.scorer.network, self.tokenizer, self.ranks.device, warn)
-        other = open_model(self._initial_config, self.ranks.device, warn)
+        sampler, policy = self._sampler, self._model(loop.scorer.network)
+        other = open_model(self._initial_config, self.ranks.device, self._warn)
 
         def subject(step: int, rows: List[Row]) -> Measured:
-            prompts = adapt(rows, Prompt)
-            seed = self.config.run.seed
+            prompts, seed = adapt(rows, Prompt), self.config.run.seed
 
             def draws(n: int) -> list[Rollout]:
                 return draw(sampler.open(policy), renderer, prompts, n, seed, "eval", step)

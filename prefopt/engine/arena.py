@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from prefopt.engine.compiled import Compiled
 from prefopt.engine.fewrows import able
 from prefopt.engine.graphed import Graphed, tried_graphs
 from prefopt.engine.probe import WINDOW, narrow
@@ -62,24 +63,37 @@ class Apart:
         self.caches[slot], self.logits[slot] = out.past_key_values, out.logits[0, -1]
 
 
-_known: WeakKeyDictionary[nn.Module, tuple[torch.device, Maker | None]] = WeakKeyDictionary()
-"""Of each network where it was probed, and what makes its arena there; None where slots do not hold."""
+_known: WeakKeyDictionary[nn.Module, tuple[torch.device, bool, Maker | None]] = WeakKeyDictionary()
+"""Of each network where it was probed, whether its steps were to be compiled, and what makes its arena there; None
+where slots do not hold."""
 
 
 def arena(
-    network: nn.Module, slots: int, prompt: int, room: int, whole: int | None, warn: Callable[[str], None]
+    network: nn.Module,
+    slots: int,
+    prompt: int,
+    room: int,
+    whole: int | None,
+    warn: Callable[[str], None],
+    compiled: bool = False,
 ) -> Arena:
-    """The fastest arena whose steps give what the network gives for each row read whole. `warn` hears once why it is
-    a slower one."""
+    """The fastest arena whose steps give what the network gives for each row read whole; `compiled` allows what takes
+    a while to make ready. `warn` hears once why it is a slower one."""
     device = network.get_input_embeddings().weight.device  # type: ignore[operator]
-    where, maker = _known.get(network, (None, None))
-    if where != device or (maker is Shared and not Shared.serves(network)):
-        maker = _probed(network, warn)
-        _known[network] = device, maker
+    where, tried, maker = _known.get(network, (None, compiled, None))
+    changed = maker in (Compiled, Shared) and not Shared.serves(network)
+    if where != device or tried != compiled or changed:
+        maker = _probed(network, compiled, warn)
+        _known[network] = device, compiled, maker
     return Apart(network) if maker is None else maker(network, slots, prompt, room, whole)
 
 
-def _probed(network: nn.Module, warn: Callable[[str], None]) -> Maker | None:
+def _probed(network: nn.Module, compiled: bool, warn: Callable[[str], None]) -> Maker | None:
+    if compiled:
+        reason = _uncompilable(network)
+        if reason is None:
+            return Compiled
+        warn(f"rollout.compile has no effect: {reason}")
     first = None
     for maker in _makers(network):
         reason = disagreement(network, TRIED.get(maker, maker))
@@ -90,6 +104,13 @@ def _probed(network: nn.Module, warn: Callable[[str], None]) -> Maker | None:
         first = first or reason
     warn(f"rows are drawn one by one: keys and values of many do not hold for this model: {first}")
     return None
+
+
+def _uncompilable(network: nn.Module) -> str | None:
+    """Why steps cannot be compiled; None where they can."""
+    if not Compiled.serves(network):
+        return "it is for float32 on a CPU, with the attention `sdpa`"
+    return disagreement(network, Compiled)
 
 
 def _makers(network: nn.Module) -> Iterator[Maker]:
@@ -143,7 +164,7 @@ def trial(network: Any) -> list[tuple[int, tuple[int, ...]]]:
 
 
 def stepped(network: Any, maker: Callable[..., Any]) -> Tensor:
-    """The logits of each step, [rows, STEPS, V]."""
+    """The logits of each step, [rows, STEPS, V]; those of the first row's last step are of that row alone."""
     prompts = _prompts(network)
     starts, rows = zip(*trial(network), strict=True)
     last = len(rows) - 1
@@ -156,6 +177,7 @@ def stepped(network: Any, maker: Callable[..., Any]) -> Tensor:
         places = torch.tensor([start + k for start in starts], device=slots.device)
         tokens = torch.tensor([row[start + k] for row, start in zip(rows, starts, strict=True)], device=slots.device)
         steps.append(slots.advance(tokens, places, int(places.max()) + 1))
+    steps[-1] = torch.cat([slots.advance(tokens[:1], places[:1], int(places[0]) + 1), steps[-1][1:]])
     return torch.stack(steps, 1)
 
 

@@ -7,7 +7,7 @@ here oneDNN packs each matrix once, for as long as rows are drawn. What rows sha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from functools import lru_cache, partial
 from typing import Any
@@ -116,28 +116,28 @@ class Product:
 
     def clear(self) -> None:
         self.input: Tensor | None = None
-        self.outputs: list[Tensor] = []
+        self.outputs: Sequence[Tensor] = ()
 
     def __call__(self, place: int, input: Tensor) -> Tensor:
         """What its layer at that place makes of the input [..., in]."""
         if not _plain(input):
             return nn.Linear.forward(self.layers[place], input)
         if len(self.sizes) == 1:
-            found: Tensor = _product(input, self.packed, self.bias, "none", [], "")
-            self._tell(input, [found])
-            return found
+            return self.whole(input)
         if place == 0 or input is not self.input:
             self.input = input
-            self.outputs = _product(input, self.packed, self.bias, "none", [], "").split_with_sizes(self.sizes, -1)
-            self._tell(input, self.outputs)
+            self.outputs = self.whole(input).split_with_sizes(self.sizes, -1)
         return self.outputs[place].contiguous()
 
-    def _tell(self, input: Tensor, outputs: Sequence[Tensor]) -> None:
-        if self.heard is None:
-            return
-        marked = marks(input)
-        for layer, output in zip(self.layers, outputs, strict=True):
-            self.heard(layer.weight, marked, output)
+    def whole(self, input: Tensor, rows: int | None = None) -> Tensor:
+        """What all its layers make of the input [..., in], one beside the other. Of the first rows is told, or of
+        all."""
+        found: Tensor = _product(input, self.packed, self.bias, "none", [], "")
+        if self.heard is not None:
+            marked = marks(input[:rows])
+            for layer, output in zip(self.layers, found[:rows].split_with_sizes(self.sizes, -1), strict=True):
+                self.heard(layer.weight, marked, output)
+        return found
 
 
 def marks(given: Tensor) -> Tensor:
@@ -262,14 +262,18 @@ def _attend(
     """Attention as transformers asks for it: query [R, H, T, D], keys and values [R, K, T', D]; the answer is
     [R, T, H, D]. What is not the attention of the step's rows goes to PyTorch's kernel."""
     step, asked = _step.get(), Asked(query, key, value, attention_mask, dropout, False, scaling)
-    usual = all(more.get(name) is None for name in UNKNOWN)
-    if step is None or not usual or torch.is_grad_enabled() or not step.knows(asked):
+    if step is None or not usual(more) or torch.is_grad_enabled() or not step.knows(asked):
         given = query, key, value, attention_mask, dropout, scaling
         return ALL_ATTENTION_FUNCTIONS["sdpa"](module, *given, **more)  # type: ignore[no-any-return]
-    return _attention(asked, step).transpose(1, 2), None
+    return attention(asked, step).transpose(1, 2), None
 
 
-def _attention(asked: Asked, step: Step) -> Tensor:
+def usual(more: Mapping[str, Any]) -> bool:
+    """Whether attention is told nothing besides that changes it."""
+    return all(more.get(name) is None for name in UNKNOWN)
+
+
+def attention(asked: Asked, step: Step) -> Tensor:
     """Heads that share keys are rows of one product, and so are rows that share a prompt."""
     assert asked.attn_mask is not None
     n, heads, tokens, width = asked.query.shape

@@ -55,6 +55,8 @@ class Model:
     warn: Callable[[str], None] = print
     recall: Recall | None = None
     """Keeps what drawing computes, where it is to be reused."""
+    compiled: bool = False
+    """Whether steps of drawing are compiled where that is possible."""
 
     @property
     def end_ids(self) -> frozenset[int]:
@@ -77,7 +79,8 @@ class Model:
         self.tokenizer.save_pretrained(folder)
 
     def arena(self, slots: int, prompt: int, room: int, whole: int | None = None) -> Arena:
-        return remembered(arena(self.network, slots, prompt, room, whole, self.warn), self.recall, slots)
+        found = arena(self.network, slots, prompt, room, whole, self.warn, self.compiled)
+        return remembered(found, self.recall, slots)
 
 
 def load_causal(config: ModelConfig, seed: int = 0) -> nn.Module:

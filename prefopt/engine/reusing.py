@@ -27,7 +27,7 @@ def reusing(config: RunConfig, scorer: Scorer, world: int, warn: Callable[[str],
     budget = config.rollout.reuse_bytes
     if not budget or not config.draws:
         return None
-    reason = next(_obstacles(config, scorer, world), None) or _disagreement(scorer, warn)
+    reason = next(_obstacles(config, scorer, world), None) or _disagreement(scorer, config.rollout.compile, warn)
     if reason is not None:
         warn(f"rollout.reuse_bytes has no effect: {reason}")
         return None
@@ -50,12 +50,12 @@ def _obstacles(config: RunConfig, scorer: Scorer, world: int) -> Iterator[str]:
         yield "the model has adapters"
 
 
-def _disagreement(scorer: Scorer, warn: Callable[[str], None]) -> str | None:
+def _disagreement(scorer: Scorer, compiled: bool, warn: Callable[[str], None]) -> str | None:
     """Why log-probabilities and gradients of some sequences are others when what drawing them computed is reused."""
     network, recall = scorer.network, Recall(inf, warn)
 
     def heard(network: Any, slots: int, prompt: int, room: int) -> Arena:
-        return remembered(arena(network, slots, prompt, room, None, warn), recall, slots)
+        return remembered(arena(network, slots, prompt, room, None, warn, compiled), recall, slots)
 
     stepped(network, heard)
     if not recall.kept:

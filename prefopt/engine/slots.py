@@ -130,19 +130,23 @@ class Slots:
             return self._logits(tokens, positions, torch.arange(width, device=self.device))
 
     def _logits(self, tokens: Tensor, positions: Tensor, standing: Tensor) -> Tensor:
-        """The logits after one token of each row, which sees columns with tokens of positions `standing`."""
-        out = self.network(
-            input_ids=tokens[:, None],
-            attention_mask=masks(self.config, partial(visible, positions, standing)),
-            position_ids=positions[:, None],
-            past_key_values=self.cache,
-            use_cache=True,
-        )
-        return out.logits[:, 0]  # type: ignore[no-any-return]
+        """The logits after one token of each row, which sees columns with tokens of positions `standing`. [n, V]"""
+        seen = masks(self.config, partial(visible, positions, standing))
+        return self._forward(tokens[:, None], seen, positions[:, None])
+
+    def _forward(self, ids: Tensor, seen: Tensor | dict[str, Tensor], positions: Tensor) -> Tensor:
+        """The logits [n, V] after `ids` [n, 1] at `positions` [n, 1]."""
+        return forward(self.network, self.cache, ids, seen, positions)
 
     def _pass(self, name: str, *arguments: Any) -> None:
         for layer in self.layers:
             layer.way = name, arguments
+
+
+def forward(network: Any, cache: Cache, ids: Tensor, seen: Tensor | dict[str, Tensor], positions: Tensor) -> Tensor:
+    """The logits [n, V] after `ids` [n, 1] at `positions` [n, 1], under the mask or masks `seen` [n, 1, 1, width]."""
+    told = {"input_ids": ids, "attention_mask": seen, "position_ids": positions}
+    return network(**told, past_key_values=cache, use_cache=True).logits[:, 0]  # type: ignore[no-any-return]
 
 
 def parts(prompts: List[tuple[int, ...]]) -> Iterator[list[int]]:

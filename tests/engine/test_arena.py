@@ -234,7 +234,7 @@ def test_every_shortcut_draws_the_text_of_the_plain_sampler(tmp_path, family, mo
 def test_a_model_for_which_the_shortcuts_do_not_hold_is_drawn_in_slots_without_them(tiny_model, monkeypatch):
     opened, heard = open_model(str(tiny_model), CPU), []
     model = Model(opened.network, opened.tokenizer, CPU, heard.append)
-    monkeypatch.setattr(fewrows, "_attention", lambda asked, step: torch.zeros_like(asked.query))
+    monkeypatch.setattr(fewrows, "attention", lambda asked, step: torch.zeros_like(asked.query))
     assert texts(Continuous(max_new_tokens=8), model) == texts(Plain(max_new_tokens=8), model)
     assert len(heard) == 1
     assert heard[0].startswith("rows are drawn in a slower way: the fastest does not hold for this model: they")

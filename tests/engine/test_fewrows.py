@@ -262,7 +262,7 @@ class Module(nn.Module):
 )
 def test_attention_of_other_rows_or_tokens_is_not_taken_over(rows, width, tokens, more, monkeypatch):
     """Here 3 rows with 7 tokens of their own are announced, in float32."""
-    monkeypatch.setattr(fewrows, "_attention", None)
+    monkeypatch.setattr(fewrows, "attention", None)
     more = {**more}
     dtype = more.pop("dtype", torch.float32)
     query, key = (numbers(rows, 2, size, 4).to(dtype) for size in (tokens, width))
@@ -276,7 +276,7 @@ def test_attention_of_other_rows_or_tokens_is_not_taken_over(rows, width, tokens
 
 
 def test_attention_outside_a_step_is_that_of_pytorch(monkeypatch):
-    monkeypatch.setattr(fewrows, "_attention", None)
+    monkeypatch.setattr(fewrows, "attention", None)
     query, key = numbers(3, 2, 5, 4), numbers(3, 2, 5, 4).flip(0)
     found = fewrows._attend(Module(), query, key, key, None)[0].transpose(1, 2)
     expected = torch.nn.functional.scaled_dot_product_attention(query, key, key, is_causal=True)

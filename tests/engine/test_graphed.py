@@ -184,7 +184,7 @@ def test_a_model_that_asks_the_host_is_drawn_without(tiny_model, graphed, monkey
 
 def test_a_model_is_probed_again_on_another_device(tiny_model, monkeypatch):
     network, asked = AutoModelForCausalLM.from_pretrained(tiny_model), []
-    monkeypatch.setattr(arenas, "_probed", lambda network, warn: asked.append(network.device.type) or Slots)
+    monkeypatch.setattr(arenas, "_probed", lambda network, *_: asked.append(network.device.type) or Slots)
     for _ in range(2):
         arena(network, 1, 1, 1, None, print)
     network.to("meta")
