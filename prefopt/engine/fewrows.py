@@ -44,13 +44,11 @@ class Step:
             back.append((place, len(within[place])))
             within[place].append(row)
         most = max(map(len, within), default=0)
-        filled = [rows + [0] * (most - len(rows)) for rows in within]
-        self.even = [row for rows in within for row in rows] == list(range(self.places * most))
-        """Whether the rows come place by place, as many in each."""
-        self.spread = torch.tensor(filled, dtype=torch.long).view(self.places, most)
+        self.spread = torch.tensor([rows + [0] * (most - len(rows)) for rows in within]).view(self.places, most)
         """Which rows have their prompt in each place, and row 0 as often as needed. [places, most]"""
-        self.back = torch.tensor([place * most + i for place, i in back])
-        """Where among them each row is. [rows]"""
+        self.back = torch.tensor(back).view(-1, 2)
+        """The place of each row, and which of its rows it is. [rows, 2]"""
+        self.orders: dict[int, tuple[Tensor, Tensor]] = {}
         self.biases: dict[int, tuple[Tensor, Tensor]] = {}
 
     def knows(self, asked: Asked) -> bool:
@@ -72,12 +70,20 @@ class Step:
     def together(self, rows: Tensor, matrices: Tensor) -> Tensor:
         """Rows [n, K, g, D] times the matrices of their places [places, K, D, E], each of which is read once;
         [n, K, g, E]."""
-        (_, heads, queries, size), (places, most) = rows.shape, self.spread.shape
-        spread = rows.view(places, most, heads, queries, size) if self.even else rows[self.spread]
-        asked = spread.transpose(1, 2).reshape(places * heads, most * queries, size)
-        found = torch.bmm(asked, matrices.flatten(0, 1)).view(places, heads, most, queries, -1)
-        back = found.transpose(1, 2).flatten(0, 1)
-        return back if self.even else back[self.back]
+        (n, heads, queries, size), (places, most) = rows.shape, self.spread.shape
+        spread, back = self._orders(heads)
+        asked = rows.flatten(0, 1).index_select(0, spread).view(places * heads, most * queries, size)
+        found = torch.bmm(asked, matrices.flatten(0, 1)).view(places * heads * most, queries, -1)
+        return found.index_select(0, back).view(n, heads, queries, -1)
+
+    def _orders(self, heads: int) -> tuple[Tensor, Tensor]:
+        """Where rows' heads [n * K] come from by places, heads and rows of a place, and where they go back to."""
+        if heads not in self.orders:
+            each, most = torch.arange(heads), self.spread.shape[1]
+            spread = self.spread[:, None] * heads + each[:, None]
+            place, which = self.back[:, :1], self.back[:, 1:]
+            self.orders[heads] = spread.flatten(), ((place * heads + each) * most + which).flatten()
+        return self.orders[heads]
 
 
 _product: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
