@@ -103,6 +103,7 @@ def continuous(model: Any, prompts: Prompts, most: int, greedy: bool, slots: int
 
 def work(options: argparse.Namespace) -> None:
     """One block of one side: prints what it took."""
+    from prefopt.engine.compiled import Compiled
     from prefopt.engine.models import open_model
     from prefopt.engine.ranks import Ranks
 
@@ -121,6 +122,8 @@ def work(options: argparse.Namespace) -> None:
     began = time.perf_counter()
     draw(model, prompts[:2], 2, greedy, *more)
     ready = time.perf_counter() - began
+    if side == COMPILED and not Compiled.knows(model.network):
+        raise SystemExit("the steps are not compiled")
     before, began, busy = peak_mb(device), time.perf_counter(), time.process_time()
     texts = draw(model, prompts, most, greedy, *more)
     found = {"seconds": time.perf_counter() - began, "cpu_seconds": time.process_time() - busy}

@@ -110,7 +110,11 @@ def _uncompilable(network: nn.Module) -> str | None:
     """Why steps cannot be compiled; None where they can."""
     if not Compiled.serves(network):
         return "it is for float32 on a CPU, with the attention `sdpa`"
-    return disagreement(network, Compiled)
+    try:
+        reason = disagreement(network, Compiled)
+    except Exception as error:  # a compiler has many, and what it is for is not missing without it
+        return refusal(error)
+    return reason if reason or Compiled.knows(network) else "no matrix of the model is large enough to be packed"
 
 
 def _makers(network: nn.Module) -> Iterator[Maker]:

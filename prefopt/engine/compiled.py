@@ -48,6 +48,12 @@ class Program(NamedTuple):
     """Which of the step's own it looks at."""
     groups: tuple[tuple[int, ...], ...]
     """The layers of each product."""
+    shapes: tuple[torch.Size | None, ...] = ()
+    """Of what it is given."""
+
+    def given(self, network: nn.Module) -> list[Tensor | None]:
+        """Those of the network and its own; None for the step's."""
+        return [_found(network, source) if isinstance(source, str) else source for source in self.sources]
 
 
 _known: WeakKeyDictionary[nn.Module, Program] = WeakKeyDictionary()
@@ -64,13 +70,17 @@ class Compiled(Shared):
     single = False
     """Whether the step in progress has one row."""
 
+    @staticmethod
+    def knows(network: nn.Module) -> bool:
+        """Whether its steps are compiled."""
+        return network in _known
+
     def _forward(self, ids: Tensor, seen: Mask, positions: Tensor) -> Tensor:
         assert self.few_rows is not None
-        if not self.few_rows.products:
-            return super()._forward(ids, seen, positions)
+        if self.program is None and self.few_rows.products:
+            self._find(ids, seen, positions)
         if self.program is None:
-            self.program = self._program(ids, seen, positions)
-            self.given = [_found(self.network, source) for source in self.program.sources]
+            return super()._forward(ids, seen, positions)
         self.single = len(ids) == 1
         tensors = map(self.again, tree_leaves((ids, seen, positions)))
         own = (x.contiguous() for x, wanted in zip(tensors, self.program.wanted, strict=True) if wanted)
@@ -89,14 +99,16 @@ class Compiled(Shared):
         """A single row [1, ...] twice; others as they are."""
         return x.repeat(2, *[1] * (x.dim() - 1)) if self.single and len(x) == 1 else x
 
-    def _program(self, *example: Any) -> Program:
-        """That of the network, which is compiled unless it is there."""
+    def _find(self, *example: Any) -> None:
+        """The program of the network, which is compiled unless it is there. A network that has other layers or sizes
+        since then goes without."""
         assert self.few_rows is not None
         groups = tuple(tuple(map(id, product.layers)) for product in self.few_rows.products)
-        known = _known.get(self.network)
-        if known is None or known.groups != groups:
-            known = _known[self.network] = _compiled(self, groups, *example)
-        return known
+        if self.network not in _known:
+            _known[self.network] = _compiled(self, groups, *example)
+        program = _known[self.network]
+        if program.groups == groups and _shapes(given := program.given(self.network)) == program.shapes:
+            self.program, self.given = program, given
 
 
 def _compiled(arena: Compiled, groups: tuple[tuple[int, ...], ...], *example: Any) -> Program:
@@ -119,11 +131,14 @@ def _compiled(arena: Compiled, groups: tuple[tuple[int, ...], ...], *example: An
             sources.append(program.constants[spec.target])
         else:
             sources.append(spec.target.removeprefix("network."))
+    for node in graph.graph.output_node().all_input_nodes:
+        node.meta["example_value"] = node.meta["val"]  # where sizes are known from
     graph.recompile()
     given = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
     with torch.no_grad():
         compute = standalone_compile(graph, given, dynamic_shapes="from_graph")
-    return Program(compute, tuple(sources), tuple(wanted), groups)
+    made = Program(compute, tuple(sources), tuple(wanted), groups)
+    return made._replace(shapes=_shapes(made.given(arena.network)))
 
 
 def _exported(arena: Compiled, ids: Tensor, seen: Mask, positions: Tensor) -> ExportedProgram:
@@ -211,10 +226,12 @@ def _in_operations(arena: Compiled) -> Iterator[None]:
             own["forward"] = computed
 
 
-def _found(network: nn.Module, source: str | Tensor | None) -> Tensor | None:
+def _shapes(given: List[Tensor | None]) -> tuple[torch.Size | None, ...]:
+    return tuple(None if x is None else x.shape for x in given)
+
+
+def _found(network: nn.Module, source: str) -> Tensor:
     """The tensor of that name."""
-    if not isinstance(source, str):
-        return source
     owner, _, name = source.rpartition(".")
     return getattr(network.get_submodule(owner), name).detach()  # type: ignore[no-any-return]
 

@@ -140,8 +140,8 @@ class Product:
         all."""
         found: Tensor = _product(input, self.packed, self.bias, "none", [], "")
         if self.heard is not None:
-            marked = marks(input[:rows])
-            for layer, output in zip(self.layers, found[:rows].split_with_sizes(self.sizes, -1), strict=True):
+            marked, told = marks(input[:rows]), found if rows in (None, len(found)) else found[:rows].clone()
+            for layer, output in zip(self.layers, told.split_with_sizes(self.sizes, -1), strict=True):
                 self.heard(layer.weight, marked, output)
         return found
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
 from hashlib import blake2b
 from typing import Protocol
 
@@ -178,7 +179,7 @@ class Resident:
 class AdapterOff(Resident):
     """The policy itself without its adapters: no second copy of its weights."""
 
-    @property
+    @cached_property
     def network(self) -> nn.Module:
         return Without(self.scorer.network)
 

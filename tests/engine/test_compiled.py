@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import json
 import weakref
@@ -19,6 +20,7 @@ from prefopt.config import LoraConfig, ModelConfig
 from prefopt.engine import compiled, fewrows
 from prefopt.engine.arena import disagreement
 from prefopt.engine.compiled import Compiled
+from prefopt.engine.lora import Without
 from prefopt.engine.models import load_causal, open_model
 from prefopt.engine.shared import Shared
 from prefopt.testing.tiny import build_tiny, train_on
@@ -97,6 +99,12 @@ def test_steps_are_compiled_with_adapters_that_are_on_or_off(tiny_model, compili
     found = texts(Continuous(max_new_tokens=12, slots=7), adapted)
     assert found == texts(Plain(max_new_tokens=12), adapted) != base
     assert len(compilings) == 1
+    trained = [p.requires_grad for p in network.parameters()]
+    without = replace(model, network=Without(network))
+    assert texts(Continuous(max_new_tokens=12, slots=7), without) == base
+    assert texts(Continuous(max_new_tokens=12, slots=7), adapted) == found
+    assert len(compilings) == 2
+    assert [p.requires_grad for p in network.parameters()] == trained
 
 
 @pytest.mark.parametrize("rows", [1, 2, 5])
@@ -129,11 +137,10 @@ def test_the_masks_of_sliding_and_full_layers_are_both_looked_at(tmp_path):
 def test_a_network_is_let_go_with_its_program(tiny_model):
     network = AutoModelForCausalLM.from_pretrained(tiny_model)
     assert disagreement(network, Compiled) is None
-    assert len(compiled._known) >= 1
-    kept = weakref.ref(network)
+    kept = [weakref.ref(network), weakref.ref(compiled._known[network].compute)]
     del network
     gc.collect()
-    assert kept() is None
+    assert [x() for x in kept] == [None, None]
 
 
 SECTIONS = {
@@ -176,14 +183,50 @@ def test_a_run_without_a_compiler_says_so_once_and_goes_on(tiny_model, tmp_path,
     assert len(lines) == 2
 
 
+@pytest.mark.parametrize("error", [AssertionError, ImportError, OSError, Exception])
+def test_whatever_a_compiler_raises_steps_are_drawn_as_before(tiny_model, monkeypatch, error):
+    def failing(*_):
+        raise error("no such thing\nat all")
+
+    monkeypatch.setattr(compiled, "_compiled", failing)
+    heard: list[str] = []
+    model = replace(opened(tiny_model), warn=heard.append)
+    assert type(model.arena(2, 2, 2)) is Shared
+    assert heard == [f"rollout.compile has no effect: {error.__name__}: no such thing"]
+
+
+def test_a_model_without_large_matrices_is_not_compiled(tiny_model, monkeypatch):
+    monkeypatch.setattr(fewrows, "LEAST", 1 << 40)
+    heard: list[str] = []
+    model = replace(opened(tiny_model), warn=heard.append)
+    assert type(model.arena(2, 2, 2)) is Shared
+    assert heard == ["rollout.compile has no effect: no matrix of the model is large enough to be packed"]
+
+
+@pytest.mark.parametrize("changed", ["vocabulary", "products"])
+def test_a_network_that_has_changed_its_form_is_drawn_from_as_before(tiny_model, compilings, changed):
+    model = opened(tiny_model)
+    sampler = Continuous(max_new_tokens=12, slots=7)
+    texts(sampler, model)
+    if changed == "vocabulary":
+        model.network.resize_token_embeddings(model.network.config.vocab_size + 8)
+    else:
+        model.network.lm_head = copy.deepcopy(model.network.lm_head)
+        with torch.no_grad():
+            model.network.lm_head.weight *= 2
+    assert texts(sampler, model) == texts(Plain(max_new_tokens=12), model)
+    assert len(compilings) == 1
+
+
 @pytest.mark.parametrize("wrong", ["attention", "single rows"])
 def test_steps_that_give_other_numbers_are_not_used(tiny_model, monkeypatch, wrong):
     if wrong == "attention":
         monkeypatch.setattr(compiled, "attention", lambda asked, step: torch.zeros_like(asked.query))
     else:
         once = Compiled.once
-        monkeypatch.setattr(Compiled, "again", lambda self, x: torch.cat([x, x]) if self.single else x)
-        monkeypatch.setattr(Compiled, "once", lambda self, x: -once(self, x) if x.dim() == 2 else once(self, x))
+        monkeypatch.setattr(
+            Compiled, "once", lambda self, x: -once(self, x) if self.single and x.dim() == 2 else once(self, x)
+        )
     heard: list[str] = []
     model = replace(opened(tiny_model), warn=heard.append)
     assert type(model.arena(2, 2, 2)) is Shared
