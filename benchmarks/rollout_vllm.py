@@ -4,9 +4,9 @@
 
 JOBS.json has lists of prompts, as token ids, and how many tokens each is to be continued by. One line of JSON for each
 job says what it took, with log-probabilities as TRL asks for them, in float32, prompts that occur several times shared
-by its cache; compiled, as vLLM is by default, or `eager`. Its cache has blocks of BLOCK tokens: with 128, the default on
-a CPU, of short prompts next to nothing is shared. `VLLM_CPU_KVCACHE_SPACE` says how many GB it may take for keys and
-values, 1 unless it is set.
+by its cache; compiled, as vLLM is by default, or `eager`. Its cache has blocks of BLOCK tokens: with 128, the default
+on a CPU, of short prompts next to nothing is shared. `VLLM_CPU_KVCACHE_SPACE` says how many GB it may take for keys
+and values, 1 unless it is set.
 """
 
 import json
