@@ -10,10 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from functools import lru_cache, partial
-from typing import Any
+from itertools import chain
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import embedding_bag
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
 from prefopt.engine.shortrows import Asked
@@ -22,6 +24,8 @@ LEAST = 1 << 16
 """Numbers in a matrix that is worth packing."""
 USUAL = 32
 """Rows that it is packed for; it serves any number."""
+PAGE = 32
+"""Tokens of a prompt that stand together."""
 NAME = "prefopt_few_rows"
 """Of the attention here, among those of transformers."""
 UNKNOWN = ("position_bias", "softcap", "cache")
@@ -30,25 +34,16 @@ UNKNOWN = ("position_bias", "softcap", "cache")
 
 class Step:
     """A step of some rows, one token each. Of keys and values every row has `width` of its own, and sees some of the
-    first `longest` of the prompt in its place: a mask says which, [rows, 1, 1, longest + width]."""
+    `longest` on its pages: a mask says which, [rows, 1, 1, longest + width]."""
 
-    def __init__(self, places: Sequence[int], longest: int, width: int) -> None:
-        """`places` of the rows, -1 for one without a prompt."""
-        self.rows, self.longest, self.width = len(places), longest, width
-        self.places = 1 + max(places, default=-1)
+    def __init__(self, pages: Sequence[Sequence[int]], width: int) -> None:
+        """`pages` of each row, with PAGE tokens of its prompt each; none for a row without a prompt."""
+        self.pages, self.width = pages, width
+        self.parts, self.count = max(map(len, pages)), 1 + max(chain(*pages), default=-1)
+        self.longest = PAGE * self.parts
         self.prompts: Sequence[Tensor] = ()
-        """Keys and values of the layer in progress, [places or more, K, longest or more, D]."""
-        within: list[list[int]] = [[] for _ in range(self.places)]
-        back = []
-        for row, place in enumerate(max(place, 0) for place in places if self.places):
-            back.append((place, len(within[place])))
-            within[place].append(row)
-        most = max(map(len, within), default=0)
-        self.spread = torch.tensor([rows + [0] * (most - len(rows)) for rows in within]).view(self.places, most)
-        """Which rows have their prompt in each place, and row 0 as often as needed. [places, most]"""
-        self.back = torch.tensor(back).view(-1, 2)
-        """The place of each row, and which of its rows it is. [rows, 2]"""
-        self.orders: dict[int, tuple[Tensor, Tensor]] = {}
+        """Of the layer in progress, its pages: keys [count or more, K, D, PAGE], values [count or more, K, PAGE, D]."""
+        self.orders: dict[int, Orders] = {}
         self.biases: dict[int, tuple[Tensor, Tensor]] = {}
 
     def knows(self, asked: Asked) -> bool:
@@ -56,7 +51,7 @@ class Step:
         mask, (n, heads, tokens, _) = asked.attn_mask, asked.query.shape
         if mask is None or mask.dtype != torch.bool or not asked.plain or tokens != 1:
             return False
-        fits = n == self.rows and asked.key.shape[2] == self.width and heads % asked.key.shape[1] == 0
+        fits = n == len(self.pages) and asked.key.shape[2] == self.width and heads % asked.key.shape[1] == 0
         return fits and mask.shape == (n, 1, 1, self.longest + self.width)
 
     def bias(self, mask: Tensor) -> Tensor:
@@ -67,23 +62,66 @@ class Step:
             self.biases[id(mask)] = mask, torch.zeros(mask.shape).masked_fill_(~mask, lowest)
         return self.biases[id(mask)][1]
 
-    def together(self, rows: Tensor, matrices: Tensor) -> Tensor:
-        """Rows [n, K, g, D] times the matrices of their places [places, K, D, E], each of which is read once;
-        [n, K, g, E]."""
-        (n, heads, queries, size), (places, most) = rows.shape, self.spread.shape
-        spread, back = self._orders(heads)
-        asked = rows.flatten(0, 1).index_select(0, spread).view(places * heads, most * queries, size)
-        found = torch.bmm(asked, matrices.flatten(0, 1)).view(places * heads * most, queries, -1)
-        return found.index_select(0, back).view(n, heads, queries, -1)
+    def scores(self, query: Tensor) -> Tensor:
+        """Of each row's query [n, K, g, D] with the keys of its pages, each of which is read once for all its rows;
+        [n, K, g, longest]."""
+        (n, heads, queries, _), keys = query.shape, self.prompts[0][: self.count].flatten(0, 1)
+        orders = self._orders(heads)
+        asked = query.flatten(0, 1).index_select(0, orders.rows).view(len(keys), -1, query.shape[3])
+        found = torch.bmm(asked, keys).view(-1, queries, PAGE).index_select(0, orders.back)
+        return found.view(n, heads, self.parts, queries, PAGE).transpose(2, 3).reshape(n, heads, queries, -1)
 
-    def _orders(self, heads: int) -> tuple[Tensor, Tensor]:
-        """Where rows' heads [n * K] come from by places, heads and rows of a place, and where they go back to."""
+    def sums(self, weights: Tensor) -> Tensor:
+        """Of the values of each row's pages, with weights [n, K, g, longest]; [n, K, g, D]."""
+        (n, heads, queries, _), values = weights.shape, self.prompts[1][: self.count].flatten(0, 1)
+        orders = self._orders(heads)
+        parts = weights.view(n, heads, queries, -1, PAGE).transpose(2, 3).reshape(-1, queries, PAGE)
+        found = torch.bmm(parts.index_select(0, orders.parts).view(len(values), -1, PAGE), values)
+        of_rows = embedding_bag(orders.found, found.view(len(orders.parts), -1), orders.starts, mode="sum")
+        return of_rows.view(n, heads, queries, -1)
+
+    def _orders(self, heads: int) -> Orders:
         if heads not in self.orders:
-            each, most = torch.arange(heads), self.spread.shape[1]
-            spread = self.spread[:, None] * heads + each[:, None]
-            place, which = self.back[:, :1], self.back[:, 1:]
-            self.orders[heads] = spread.flatten(), ((place * heads + each) * most + which).flatten()
+            self.orders[heads] = Orders.of(self.pages, self.count, self.parts, heads)
         return self.orders[heads]
+
+
+class Orders(NamedTuple):
+    """Where things of rows stand among those of pages, and the other way round. Both have heads [K]; a page stands
+    there with as many rows as any page has, the first row taking the place of those that are missing."""
+
+    rows: Tensor
+    """For each page, head and row of the page: the row's head, among [n, K]."""
+    parts: Tensor
+    """For the same: that part of the row's head, among [n, K, parts]."""
+    back: Tensor
+    """For each part of each row's head: where it is among those of pages. Those that it does not have are anywhere."""
+    found: Tensor
+    """The same, for those that there are."""
+    starts: Tensor
+    """Where in `found` each row's head begins."""
+
+    @classmethod
+    def of(cls, pages: Sequence[Sequence[int]], count: int, parts: int, heads: int) -> Orders:
+        here: list[list[tuple[int, int]]] = [[] for _ in range(count)]
+        there = []
+        for i, numbers in enumerate(pages):
+            there.append([(number, len(here[number])) for number in numbers])
+            for k, number in enumerate(numbers):
+                here[number].append((i, k))
+        most = max(map(len, here))
+        row, part = torch.tensor([_filled(pairs, most) for pairs in here])[:, None].unbind(-1)
+        page, which = torch.tensor([_filled(pairs, parts) for pairs in there])[:, None].unbind(-1)
+        each, sizes = torch.arange(heads)[:, None], torch.tensor([len(numbers) for numbers in pages])
+        rows, back = row * heads + each, (page * heads + each) * most + which
+        are = (torch.arange(parts) < sizes[:, None])[:, None].expand(-1, heads, -1)
+        ends = sizes.repeat_interleave(heads).cumsum(0)
+        starts = torch.cat([ends.new_zeros(1), ends[:-1]])
+        return cls(rows.flatten(), (rows * parts + part).flatten(), back.flatten(), back[are], starts)
+
+
+def _filled(pairs: list[tuple[int, int]], size: int) -> list[tuple[int, int]]:
+    return pairs + [(0, 0)] * (size - len(pairs))
 
 
 _product: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
@@ -280,18 +318,17 @@ def usual(more: Mapping[str, Any]) -> bool:
 
 
 def attention(asked: Asked, step: Step) -> Tensor:
-    """Heads that share keys are rows of one product, and so are rows that share a prompt."""
+    """Heads that share keys are rows of one product, and so are rows that share a page of a prompt."""
     assert asked.attn_mask is not None
     n, heads, tokens, width = asked.query.shape
     query = asked.query.reshape(n, asked.key.shape[1], -1, width) * asked.factor
-    common = [x[: step.places, :, : step.longest] for x in step.prompts]
-    scores = torch.matmul(query, asked.key.transpose(2, 3))
+    scores = torch.matmul(asked.key, query.transpose(2, 3)).transpose(2, 3)  # faster than the other way round
     if step.longest:
-        scores = torch.cat([step.together(query, common[0].transpose(2, 3)), scores], -1)
+        scores = torch.cat([step.scores(query), scores], -1)
     weights = scores.add_(step.bias(asked.attn_mask)).softmax(-1)
     found = torch.matmul(weights[..., step.longest :], asked.value)
     if step.longest:
-        found += step.together(weights[..., : step.longest], common[1])
+        found += step.sums(weights[..., : step.longest])
     return found.view(n, heads, tokens, -1)
 
 

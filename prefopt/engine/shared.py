@@ -4,12 +4,14 @@ row has for itself what was drawn for it. On a CPU, with attention of its own.""
 from __future__ import annotations
 
 from collections.abc import Sequence as List
+from itertools import chain, count, islice
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from prefopt.engine.fewrows import Step, able
+from prefopt.engine.fewrows import PAGE, Step, able
 from prefopt.engine.slots import Columns, Layer, Rows, Slots, parts
 
 NOWHERE = 1 << 40
@@ -17,31 +19,24 @@ NOWHERE = 1 << 40
 
 
 class SharedLayer(Layer):
-    """`keys` and `values` are those of the rows' own tokens, [slots, heads, room, size]; `prompts` those of prompts,
-    [places, heads, longest, size] each."""
+    """`keys` and `values` are those of the rows' own tokens, [slots, heads, room, size]; `prompts` those on the pages
+    of prompts, [pages, heads, size, PAGE] and [pages, heads, PAGE, size]."""
 
-    def __init__(self, slots: int, prompt: int, room: int) -> None:
+    def __init__(self, slots: int, room: int) -> None:
         super().__init__(slots, room)
-        self.longest, self.places = prompt, 0
         self.prompts: list[Tensor] = []
 
-    def begin(self, places: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Prompts [n, heads, T, size] into their places; a prompt sees itself alone."""
-        size = keys.shape[2]
-        olds = self.prompts or [keys[:0], values[:0]]
-        self.prompts = [self._grown(old, x) for old, x in zip(olds, (keys, values), strict=True)]
-        for prompts, x in zip(self.prompts, (keys, values), strict=True):
-            prompts[places, :, :size], prompts[places, :, size:] = x, 0
+    def begin(  # type: ignore[override]
+        self, pages: Tensor, which: Tensor, keys: Tensor, values: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Prompts [n, heads, T, size] onto pages; `which` parts of PAGE tokens, counted over all prompts, go there. A
+        prompt sees itself alone."""
+        new = _cut(keys)[which].transpose(2, 3), _cut(values)[which]
+        last = int(pages.max())
+        self.prompts = [_grown(old, 1 + last) for old in self.prompts or [x[:0] for x in new]]
+        for prompts, x in zip(self.prompts, new, strict=True):
+            prompts[pages] = x
         return keys, values
-
-    def _grown(self, old: Tensor, like: Tensor) -> Tensor:
-        """As many places as were asked for, with what stands in those there are."""
-        if len(old) >= self.places:
-            return old
-        new = like.new_zeros(self.places, like.shape[1], self.longest, like.shape[3])
-        if len(old):
-            new[: len(old)] = old
-        return new
 
     def extend(  # type: ignore[override]
         self, rows: Rows, columns: Columns, width: int, step: Step, keys: Tensor, values: Tensor
@@ -49,9 +44,25 @@ class SharedLayer(Layer):
         step.prompts = self.prompts
         return super().extend(rows, columns, width, keys, values)
 
-    def swap(self, one: int, other: int) -> None:
+    def swap(self, some: List[int], others: List[int]) -> None:
         for x in self.prompts:
-            x[[one, other]] = x[[other, one]]
+            x[[*some, *others]] = x[[*others, *some]]
+
+
+def _cut(x: Tensor) -> Tensor:
+    """[n, heads, T, size] in parts of PAGE tokens, the last ones filled with 0, [n * parts, heads, PAGE, size]."""
+    n, heads, tokens, size = x.shape
+    filled = pad(x, (0, 0, 0, -tokens % PAGE)).view(n, heads, -1, PAGE, size)
+    return filled.transpose(1, 2).flatten(0, 1)
+
+
+def _grown(old: Tensor, size: int) -> Tensor:
+    """That many pages or more, with what stands on those there are."""
+    if len(old) >= size:
+        return old
+    new = old.new_zeros(max(size, 3 * len(old) // 2), *old.shape[1:])
+    new[: len(old)] = old
+    return new
 
 
 class Shared(Slots):
@@ -59,8 +70,8 @@ class Shared(Slots):
 
     def __init__(self, network: Any, slots: int, prompt: int, room: int, whole: int | None = None) -> None:
         super().__init__(network, slots, prompt, room, whole)
-        self.place = [-1] * slots
-        """Where the prompt of each slot stands, none for an empty one."""
+        self.pages: list[tuple[int, ...]] = [()] * slots
+        """Where the prompt of each slot stands."""
         self.size = [0] * slots
         """How many of its tokens the slot begins with."""
 
@@ -70,25 +81,26 @@ class Shared(Slots):
         return able(network) and network.config.get_text_config()._attn_implementation == "sdpa"
 
     def _layer(self, slots: int, prompt: int, room: int, whole: int | None) -> Layer:
-        return SharedLayer(slots, prompt, room)
+        return SharedLayer(slots, room)
 
     @torch.no_grad()
     def read(self, prompts: List[tuple[int, ...]], slots: List[int]) -> None:
         for slot, prompt in zip(slots, prompts, strict=True):
-            self.place[slot], self.size[slot] = -1, len(prompt)
-        taken = set(self.place)
-        free = (place for place in range(len(self.place)) if place not in taken)
-        for slot, prompt in zip(slots, prompts, strict=True):
-            self.place[slot] = next(free) if prompt else -1
-        for layer in self.layers:
-            layer.places = 1 + max(self.place)
+            self.pages[slot], self.size[slot] = (), len(prompt)
+        taken = set(chain(*self.pages))
+        free = (page for page in count() if page not in taken)
+        for slot in slots:
+            self.pages[slot] = tuple(islice(free, _parts(self.size[slot])))
         for part in parts(prompts):
-            self._read([prompts[i] for i in part], torch.tensor([self.place[slots[i]] for i in part]))
+            numbers = [self.pages[slots[i]] for i in part]
+            most = max(map(len, numbers))
+            which = [i * most + k for i, pages in enumerate(numbers) for k in range(len(pages))]
+            self._read([prompts[i] for i in part], torch.tensor([*chain(*numbers)]), torch.tensor(which))
 
     def copy(self, source: int, targets: List[int], length: int) -> None:
         size = min(self.size[source], length)
         for target in targets:
-            self.place[target], self.size[target] = self.place[source], size
+            self.pages[target], self.size[target] = self.pages[source], size
         super().copy(source, targets, length - size)
 
     @torch.no_grad()
@@ -98,23 +110,30 @@ class Shared(Slots):
         self._gather(len(known))
         sizes = self.size[: len(known)]
         columns = [position - size for position, size in zip(known, sizes, strict=True)]
-        step = Step(self.place[: len(known)], max(sizes), 1 + max(columns))
+        pages = [numbers[: _parts(size)] for numbers, size in zip(self.pages, sizes, strict=False)]
+        step = Step(pages, 1 + max(columns))
         self._pass("extend", *_target(columns), step.width, step)
         assert self.few_rows is not None
         with self.few_rows.of(step):
             return self._logits(tokens, positions, _standing(torch.tensor(sizes), step.longest, step.width))
 
     def _gather(self, rows: int) -> None:
-        """Moves prompts of these rows to the first places where less than half of the places before the last are
+        """Moves the prompts of these rows to the first pages where less than half of the pages before the last are
         theirs."""
-        used = {place for place in self.place[:rows] if place >= 0}
-        if 2 * len(used) > max(used, default=0):
+        used = set(chain(*self.pages[:rows]))
+        if 2 * len(used) > max(used, default=-1):
             return
-        gaps = (place for place in range(len(used)) if place not in used)
-        for one, other in zip(sorted(place for place in used if place >= len(used)), gaps, strict=True):
-            for layer in self.layers:
-                layer.swap(one, other)
-            self.place = [{one: other, other: one}.get(place, place) for place in self.place]
+        gaps = [page for page in range(len(used)) if page not in used]
+        late = sorted(page for page in used if page >= len(used))
+        for layer in self.layers:
+            layer.swap(late, gaps)
+        moved = dict(zip([*late, *gaps], [*gaps, *late], strict=True))
+        self.pages = [tuple(moved.get(page, page) for page in numbers) for numbers in self.pages]
+
+
+def _parts(size: int) -> int:
+    """How many pages so many tokens take."""
+    return -(-size // PAGE)
 
 
 def _target(columns: List[int]) -> tuple[Rows, Columns]:

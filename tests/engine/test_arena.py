@@ -13,7 +13,7 @@ from prefopt.api import Request
 from prefopt.builtin.continuous import Continuous
 from prefopt.builtin.samplers import Plain
 from prefopt.config import LoraConfig, ModelConfig
-from prefopt.engine import fewrows
+from prefopt.engine import fewrows, shared
 from prefopt.engine.arena import Apart, arena, disagreement
 from prefopt.engine.fewrows import FewRows
 from prefopt.engine.lora import Without
@@ -128,6 +128,12 @@ def test_a_model_that_refuses_is_drawn_row_by_row(tiny_model):
     assert heard[0].endswith("ValueError: no masks here")
 
 
+@pytest.fixture
+def pages_of_two(monkeypatch):
+    for module in (fewrows, shared):
+        monkeypatch.setattr(module, "PAGE", 2)
+
+
 def test_a_prompt_does_not_see_what_stood_in_its_place(tiny_model):
     """Not even times 0: what stood there are numbers that are none."""
     network = AutoModelForCausalLM.from_pretrained(tiny_model)
@@ -135,7 +141,7 @@ def test_a_prompt_does_not_see_what_stood_in_its_place(tiny_model):
     slots.read([tuple(range(4, 13)), tuple(range(5, 14))], [0, 1])
     for layer in slots.layers:
         for x in layer.prompts:
-            x[slots.place[0]] = torch.nan
+            x[[*slots.pages[0]]] = torch.nan
     slots.read([(5, 6)], [0])
     logits = slots.advance(torch.tensor([7, 8]), torch.tensor([2, 9]), 10)
     with torch.no_grad():
@@ -212,6 +218,7 @@ def test_adapters_are_off_while_prompts_are_read_and_rows_advanced(tiny_model, m
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2", "mistral"])
+@pytest.mark.usefixtures("pages_of_two")
 def test_every_shortcut_draws_the_text_of_the_plain_sampler(tmp_path, family, monkeypatch):
     """Every matrix packed and every prompt in one place, while rows end and others begin."""
     monkeypatch.setattr(fewrows, "LEAST", 1)
@@ -226,7 +233,7 @@ def test_every_shortcut_draws_the_text_of_the_plain_sampler(tmp_path, family, mo
     )
     assert found == expected
     assert len({len(ids) for ids in found}) > 1
-    assert max(step.spread.shape[1] for _, step in used) >= 4  # rows of one prompt
+    assert max(step.pages.count(pages) for _, step in used for pages in step.pages if len(pages) > 1) >= 4
     assert all(mode.products for mode, _ in used)
     assert all(product.packed is not None for mode, _ in used for product in mode.products)
 
@@ -274,6 +281,7 @@ def test_a_model_with_attention_of_its_own_is_drawn_in_slots(tiny_model):
     assert heard == []
 
 
+@pytest.mark.usefixtures("pages_of_two")
 def test_a_prompt_stands_in_one_place_as_long_as_a_row_begins_with_it(tiny_model):
     """Slots 0 .. 2 hold one prompt, 3 its first two tokens, 4 another that is the same by chance, 5 none."""
     network = AutoModelForCausalLM.from_pretrained(tiny_model)
@@ -281,7 +289,7 @@ def test_a_prompt_stands_in_one_place_as_long_as_a_row_begins_with_it(tiny_model
     slots.read([(5, 6, 7), (5, 6, 7), ()], [0, 4, 5])
     slots.copy(0, [1, 2], 3)
     slots.copy(1, [3], 2)
-    assert slots.place == [0, 0, 0, 0, 1, -1]
+    assert slots.pages == [(0, 1), (0, 1), (0, 1), (0, 1), (2, 3), ()]
     rows = [[5, 6, 7], [5, 6, 7], [5, 6, 7], [5, 6], [5, 6, 7], []]
 
     def step(*tokens: int) -> None:
@@ -303,17 +311,17 @@ def test_a_prompt_stands_in_one_place_as_long_as_a_row_begins_with_it(tiny_model
     step(12, 12, 12)
     slots.read([(9, 8, 7, 6, 5), (4,)], [0, 2])
     rows[0], rows[2] = [9, 8, 7, 6, 5], [4]
-    assert slots.place == [2, 0, 3, 0, 1, -1]
+    assert slots.pages == [(4, 5, 6), (0, 1), (7,), (0, 1), (2, 3), ()]
     step(5, 5, 5, 5, 5, 5)
     slots.copy(2, [1], 2)
     rows[1] = rows[2][:2]
-    assert slots.place[:2] == [2, 3]
+    assert slots.pages[:2] == [(4, 5, 6), (7,)]
     step(6, 6)
-    assert slots.place == [2, 3, 3, 0, 1, -1]  # two prompts are half of the first four places
+    assert slots.pages[:2] == [(4, 5, 6), (7,)]  # four pages are half of the first eight
     slots.copy(2, [0], 2)
     rows[0] = rows[2][:2]
     step(7, 8)
-    assert slots.place == [0, 0, 0, 3, 1, -1]  # one is less: it has moved into the first place
+    assert slots.pages == [(0,), (0,), (0,), (7, 1), (2, 3), ()]  # one is less: it has moved to the first
     rows[2] = rows[2][:2]
     step(8, 7, 5, 9, 9)
 
@@ -322,8 +330,8 @@ def test_a_prompt_stands_in_one_place_as_long_as_a_row_begins_with_it(tiny_model
 def test_prompts_of_very_different_length_are_read_apart(tiny_model, monkeypatch, maker):
     network = AutoModelForCausalLM.from_pretrained(tiny_model)
     seen = []
-    monkeypatch.setattr(Slots, "_pass", lambda self, name, slots: seen.append(slots.tolist()))
-    monkeypatch.setattr(network.base_model, "forward", lambda **_: None)
+    monkeypatch.setattr(Slots, "_pass", lambda *_: None)
+    monkeypatch.setattr(network.base_model, "forward", lambda input_ids, **_: seen.append(input_ids))
     lengths = [8, 31, 40, 6, 30, 9]
     maker(network, 6, 48, 16).read([tuple(range(5, 5 + n)) for n in lengths], [*range(6)])
-    assert [sorted(part) for part in seen] == [[1, 2, 4], [0, 5], [3]]
+    assert [sorted((ids > 0).sum(1).tolist()) for ids in seen] == [[30, 31, 40], [8, 9], [6]]

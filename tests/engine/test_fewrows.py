@@ -129,7 +129,7 @@ def test_layers_are_themselves_again_afterwards():
     mode = FewRows(network)
 
     def fails():
-        with mode.of(Step([-1], 0, 1)):
+        with mode.of(Step([()], 1)):
             layer(x)
             told.append(network.text._attn_implementation)
             raise KeyError
@@ -152,7 +152,7 @@ def test_a_matrix_that_cannot_be_packed_leaves_nothing_behind(monkeypatch):
     with mode:
         layer(x)
     monkeypatch.setattr(mode.products[0], "ready", lambda: 1 / 0)
-    with pytest.raises(ZeroDivisionError), mode.of(Step([-1], 0, 1)):
+    with pytest.raises(ZeroDivisionError), mode.of(Step([()], 1)):
         raise AssertionError
     assert "forward" not in vars(layer)
     assert network.text._attn_implementation == "sdpa"
@@ -224,24 +224,27 @@ def test_attention_of_one_token_a_row_is_that_of_the_formula(keys, scale, monkey
     query, key, value = numbers(n, heads, 1, size), numbers(n, keys, width, size), numbers(n, keys, width, size + 1)
     visible = (torch.arange(width) <= torch.tensor([2, 8, 5])[:, None])[:, None, None]
     monkeypatch.setattr(fewrows, "ALL_ATTENTION_FUNCTIONS", None)
-    found = attend(query, key, value, visible, Step([-1] * n, 0, width), scaling=scale)
+    found = attend(query, key, value, visible, Step([()] * n, width), scaling=scale)
     expected = attention(query, key, value, visible, scale or size**-0.5)
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("keys", [4, 2])
-def test_rows_that_share_a_prompt_read_it_in_its_place(keys):
-    """Place 0 holds nobody's prompt, place 1 that of rows 1, 3 and 4, of which row 3 begins with a part of it and a
-    window hides another part from row 4, place 2 that of row 0. Row 2 has no prompt."""
-    places, rows, heads, size, longest, width = [2, 1, -1, 1, 1], 5, 4, 6, 5, 3
+def test_rows_that_share_pages_of_a_prompt_read_them_there(keys, monkeypatch):
+    """Nobody has page 0. Row 0 has page 2 with three tokens, rows 1 and 4 have pages 3 and 1, of which a window hides
+    some from row 4, row 3 begins with a part of page 3, and row 2 has no prompt."""
+    monkeypatch.setattr(fewrows, "PAGE", 4)
+    pages, rows, heads, size, longest, width = [(2,), (3, 1), (), (3,), (3, 1)], 5, 4, 6, 8, 3
     query = numbers(rows, heads, 1, size)
-    own = [numbers(rows, keys, width + i, size)[:, :, :width] for i in range(2)]
-    prompts = [numbers(4, keys, longest + 2 + i, size) for i in range(2)]
-    seen = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 1, 0], [0, 0, 0, 0, 0], [1, 1, 0, 0, 0], [0, 0, 1, 1, 0]]).bool()
+    own = [numbers(rows, keys, width + i, size + i)[:, :, :width] for i in range(2)]
+    prompts = [numbers(5, keys, 4, size + i) for i in range(2)]
+    seen = torch.zeros(rows, longest, dtype=torch.bool)
+    seen[0, :3] = seen[1] = seen[3, :2] = seen[4, 3:6] = True
     after = torch.arange(width) <= torch.tensor([0, 2, 1, 2, 1])[:, None]
     visible = torch.cat([seen, after], 1)[:, None, None]
-    whole = [torch.cat([p[places, :, :longest], x], 2) for p, x in zip(prompts, own, strict=True)]
-    found = attend(query, *own, visible, Step(places, longest, width), prompts)
+    begun = [torch.stack([p[[*numbers, 0, 0][:2]].transpose(0, 1).flatten(1, 2) for numbers in pages]) for p in prompts]
+    whole = [torch.cat(pair, 2) for pair in zip(begun, own, strict=True)]
+    found = attend(query, *own, visible, Step(pages, width), [prompts[0].transpose(2, 3), prompts[1]])
     torch.testing.assert_close(found, attention(query, *whole, visible, size**-0.5), atol=1e-6, rtol=1e-5)
 
 
@@ -269,7 +272,7 @@ def test_attention_of_other_rows_or_tokens_is_not_taken_over(rows, width, tokens
     mask = torch.ones(rows, 1, tokens, width, dtype=torch.bool)
     given = {name: torch.zeros(rows, 2, tokens, width) for name in more}
     expected = torch.nn.functional.scaled_dot_product_attention(query, key, key)
-    with torch.no_grad(), FewRows(Network()).of(Step([-1] * 3, 0, 7)):
+    with torch.no_grad(), FewRows(Network()).of(Step([()] * 3, 7)):
         found = fewrows._attend(Module(), query, key, key, mask, **given)[0]
     torch.testing.assert_close(found.transpose(1, 2), expected)
     assert fewrows._step.get() is None
