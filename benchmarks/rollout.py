@@ -1,7 +1,7 @@
 """Sampling: prefopt's continuous batching and transformers' `generate` as TRL calls it, with one model and prompts.
 
-    python benchmarks/rollout.py WORKLOAD OUT.json [--prompts 8] [--samples 8] [--slots 64] [--blocks 3]
-        [--device cuda | --vllm PYTHON]
+    python benchmarks/rollout.py WORKLOAD OUT.json [--prompts 8] [--samples 8] [--slots 128] [--blocks 3]
+        [--device cuda | --vllm PYTHON [--eager]]
 
 WORKLOAD is made by `compare/workload.py`. `generate` gets n copies of every prompt, padded on the left, and goes on
 until the longest completion ends. Greedy texts of both sides are compared first and must be equal. Then blocks
@@ -11,8 +11,9 @@ to the end's logit on both sides that makes MEAN tokens the mean length, a geome
 by the clock and by the processor time of the process, which a busy machine disturbs less. Where all rows fit into the
 slots, every step reads every weight once: how many GB a second of them, at least, is told beside what copies move.
 With `--vllm` the other side is its CPU build, which continues the same prompts to the lengths that ours had drawn and
-tells the log-probability of each token, as ours always does; OUT keeps the rest. Each takes part twice: as it is and
-with `rollout.compile`, compiled as by default and eager. Nothing is compiled while the clock runs.
+tells the log-probability of each token, as ours always does; OUT keeps the rest. Ours takes part twice, as it is and
+with `rollout.compile`; vLLM compiled, as by default, and with `--eager` eager, too. Nothing is compiled while the clock
+runs.
 """
 
 from __future__ import annotations
@@ -36,13 +37,13 @@ import torch
 
 MEAN, LONGEST, EQUAL, GREEDY = 32, 128, 48, 32
 PROMPT = 192
-SIZES = {"prompts": 8, "samples": 8, "slots": 64, "threads": 2}
+SIZES = {"prompts": 8, "samples": 8, "slots": 128, "threads": 2}
 CLOCKS = ("seconds", "cpu_seconds")
 COPIED, COPIES = 1 << 28, 8
 """Bytes moved to see how fast memory is, and how often."""
 SIDES = ("prefopt", "generate")
 COMPILED, EAGER = "prefopt compiled", "vLLM eager"
-OURS, THEIRS = ("prefopt", COMPILED), ("vLLM", EAGER)
+OURS, THEIRS = ("prefopt", COMPILED), ("vLLM",)
 KINDS = ("uneven", "equal")
 Prompts = list[tuple[int, ...]]
 
@@ -195,14 +196,15 @@ def against_generate(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
 
 def compare_vllm(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """The same against vLLM, which gets all kinds in one process, for it takes a minute to start."""
-    pairs = {_name(*pair): pair for pair in product(KINDS, OURS, THEIRS)}
+    others = (*THEIRS, EAGER) if options.eager else THEIRS
+    pairs = {_name(*pair): pair for pair in product(KINDS, OURS, others)}
     found: dict[str, dict[str, list[dict[str, Any]]]] = {
         name: {ours: [], theirs: []} for name, (_, ours, theirs) in pairs.items()
     }
     for _ in range(options.blocks):
         blocks = {(kind, ours): block(options, ours, kind) for kind, ours in product(KINDS, OURS)}
         drawn = [blocks[kind, OURS[0]]["drawn"] for kind in KINDS]
-        for theirs in THEIRS:
+        for theirs in others:
             taken = block_vllm(options, drawn, theirs)
             blocks |= {(kind, theirs): one for kind, one in zip(KINDS, taken, strict=True)}
         for name, (kind, ours, theirs) in pairs.items():
@@ -252,6 +254,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--vllm", type=Path, help="the interpreter of an environment with vLLM")
+    parser.add_argument("--eager", action="store_true", help="vLLM without its compiler, too")
     parser.add_argument("--work", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.work:

@@ -28,7 +28,7 @@ else:
 LOOK = 16
 """Steps after which the host looks which rows have ended, where it would have to wait for the device to do so."""
 SMALL = 10_000_000
-SLOTS = {"small": 512, "cpu": 64, "cuda": 256}
+SLOTS = {"small": 512, "cpu": 128, "cuda": 256}
 """Rows side by side, by number of weights and device."""
 Share = Annotated[float, Field(gt=0, le=1)]
 
@@ -62,8 +62,8 @@ class Continuous(Sampler):
     greedy: bool = False
     """Take the most probable token instead of drawing one."""
     slots: PositiveInt | None = None
-    """Rows drawn side by side. Default: 512 with less than 10 million weights; with more of them 64 on a CPU, 256 on a
-    GPU."""
+    """Rows drawn side by side. Default: 512 with less than 10 million weights; with more of them 128 on a CPU, 256 on
+    a GPU."""
     refill: bool = True
     """Give the slot of a row that has ended to the next request at once, instead of waiting for all rows to end."""
 
