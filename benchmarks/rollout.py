@@ -12,8 +12,8 @@ by the clock and by the processor time of the process, which a busy machine dist
 slots, every step reads every weight once: how many GB a second of them, at least, is told beside what copies move.
 With `--vllm` the other side is its CPU build, which continues the same prompts to the lengths that ours had drawn and
 tells the log-probability of each token, as ours always does; OUT keeps the rest. Ours takes part twice, as it is and
-with `rollout.compile`; vLLM compiled, as by default, and with `--eager` eager, too. Nothing is compiled while the clock
-runs.
+with `rollout.compile`; vLLM compiled, as by default, and with `--eager` eager, too. Before the clock runs
+every side draws everything twice, as in a run that draws step after step: then all is compiled, and memory is there.
 """
 
 from __future__ import annotations
@@ -45,6 +45,8 @@ SIDES = ("prefopt", "generate")
 COMPILED, EAGER = "prefopt compiled", "vLLM eager"
 OURS, THEIRS = ("prefopt", COMPILED), ("vLLM",)
 KINDS = ("uneven", "equal")
+BEFORE = 2
+"""How often all is drawn before the clock runs."""
 Prompts = list[tuple[int, ...]]
 
 
@@ -125,6 +127,8 @@ def work(options: argparse.Namespace) -> None:
     ready = time.perf_counter() - began
     if side == COMPILED and not Compiled.knows(model.network):
         raise SystemExit("the steps are not compiled")
+    for _ in range(0 if greedy else BEFORE):
+        draw(model, prompts, most, greedy, *more)
     before, began, busy = peak_mb(device), time.perf_counter(), time.process_time()
     texts = draw(model, prompts, most, greedy, *more)
     found = {"seconds": time.perf_counter() - began, "cpu_seconds": time.process_time() - busy}
@@ -217,7 +221,7 @@ def block_vllm(options: argparse.Namespace, drawn: list[dict[str, Any]], side: s
     """What it takes to continue the prompts to the lengths of each drawing."""
     with tempfile.TemporaryDirectory() as folder:
         jobs = Path(folder) / "jobs.json"
-        jobs.write_text(json.dumps(drawn))
+        jobs.write_text(json.dumps([job | {"before": BEFORE} for job in drawn]))
         script = Path(__file__).with_name("rollout_vllm.py")
         command = [str(options.vllm), str(script), str(options.workload / "model"), str(jobs)]
         return told(options, command + (["eager"] if side == EAGER else []))

@@ -2,11 +2,11 @@
 
     python rollout_vllm.py MODEL JOBS.json [eager]
 
-JOBS.json has lists of prompts, as token ids, and how many tokens each is to be continued by. One line of JSON for each
-job says what it took, with log-probabilities as TRL asks for them, in float32, prompts that occur several times shared
-by its cache; compiled, as vLLM is by default, or `eager`. Its cache has blocks of BLOCK tokens: with 128, the default
-on a CPU, of short prompts next to nothing is shared. `VLLM_CPU_KVCACHE_SPACE` says how many GB it may take for keys
-and values, 1 unless it is set.
+JOBS.json has lists of prompts, as token ids, how many tokens each is to be continued by, and how often that is done
+before the clock runs. One line of JSON for each job says what it took, with log-probabilities as TRL asks for them, in
+float32, prompts that occur several times shared by its cache; compiled, as vLLM is by default, or `eager`. Its cache
+has blocks of BLOCK tokens: with 128, the default on a CPU, of short prompts next to nothing is shared.
+`VLLM_CPU_KVCACHE_SPACE` says how many GB it may take for keys and values, 1 unless it is set.
 """
 
 import json
@@ -38,11 +38,11 @@ def main() -> None:
         prompts = [{"prompt_token_ids": prompt} for prompt in job["prompts"]]
         usual = {"temperature": 1.0, "ignore_eos": True, "detokenize": False, "logprobs": 0}
         params = [SamplingParams(max_tokens=n, **usual) for n in job["lengths"]]
-        llm.generate(prompts, [SamplingParams(max_tokens=2, **usual)] * len(prompts), use_tqdm=False)  # compiles, too
-        llm.reset_prefix_cache()
-        began, busy = time.perf_counter(), time.process_time()
-        outputs = llm.generate(prompts, params, use_tqdm=False)
-        found = {"seconds": time.perf_counter() - began, "cpu_seconds": time.process_time() - busy}
+        for _ in range(1 + job["before"]):
+            llm.reset_prefix_cache()
+            began, busy = time.perf_counter(), time.process_time()
+            outputs = llm.generate(prompts, params, use_tqdm=False)
+            found = {"seconds": time.perf_counter() - began, "cpu_seconds": time.process_time() - busy}
         tokens = [len(output.outputs[0].token_ids) for output in outputs]
         assert tokens == job["lengths"]
         assert all(output.outputs[0].logprobs is not None for output in outputs)

@@ -126,12 +126,47 @@ def test_logits_are_those_of_rows_read_whole(tiny_model, rows):
 
 
 def test_the_masks_of_sliding_and_full_layers_are_both_looked_at(tmp_path):
-    """A window that is not kept is found."""
     build_tiny(tmp_path / "qwen2", model_type="qwen2", use_sliding_window=True, sliding_window=4, max_window_layers=1)
     network = AutoModelForCausalLM.from_pretrained(tmp_path / "qwen2")
     assert disagreement(network, Compiled) is None
     program = compiled._known[network]
     assert program.wanted == (True, True, True, True)
+
+
+def told_in_two_steps(maker, network) -> list[tuple[str, torch.Tensor, torch.Tensor]]:
+    """What is heard of the products of a single row: layers, marks and outputs."""
+    arena, told = maker(network, 1, 5, 4), []
+    names = {p: name for name, p in network.named_parameters(remove_duplicate=False)}
+    arena.few_rows.heard = lambda weight, marks, output: told.append((names[weight], marks, output.clone()))
+    arena.read([(5, 6, 7)], [0])
+    for place, token in ((3, 8), (4, 9)):
+        arena.advance(torch.tensor([token]), torch.tensor([place]), place + 1)
+    return told
+
+
+def test_of_a_single_row_that_is_there_twice_is_told_once(tiny_model):
+    network = AutoModelForCausalLM.from_pretrained(tiny_model)
+    for one, other in zip(*(told_in_two_steps(maker, network) for maker in (Compiled, Shared)), strict=True):
+        assert one[0] == other[0]
+        for x, y in zip(one[1:], other[1:], strict=True):
+            torch.testing.assert_close(x, y, atol=1e-5, rtol=1e-5)
+    assert Compiled.knows(network)
+
+
+def test_a_model_is_compiled_for_those_alone_who_want_that(tiny_model, compilings):
+    model = opened(tiny_model)
+    usual = replace(model, compiled=False)
+    assert [type(x.arena(2, 2, 2)) for x in (model, usual, model)] == [Compiled, Shared, Compiled]
+    assert len(compilings) == 1
+
+
+def test_a_network_that_a_step_changes_is_not_compiled(tiny_model):
+    heard: list[str] = []
+    model = replace(opened(tiny_model), warn=heard.append)
+    model.network.register_buffer("steps", torch.zeros(1))
+    model.network.register_forward_pre_hook(lambda network, _: network.steps.add_(1) and None)
+    assert type(model.arena(2, 2, 2)) is Shared
+    assert heard == ["rollout.compile has no effect: NotImplementedError: a step changes tensors of the model"]
 
 
 def test_a_network_is_let_go_with_its_program(tiny_model):
