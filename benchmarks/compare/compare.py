@@ -13,7 +13,7 @@ sides run within minutes of each other. OUT keeps what it has of other methods.
 A step of grpo and rloo draws 8 completions of 64 tokens for each of 4 prompts, scores them and makes one update. What
 our side draws is given to the other for the comparison of losses and gradients, and where KL costs something both get a
 random model for the reference, so that it counts from the first step on; in the blocks each draws for itself. Our side
-takes part twice, as it is and with `rollout.reuse_bytes`.
+takes part twice, as it is and with `rollout.reuse_bytes` and `rollout.compile`, compiled before the first block.
 
 `--once` is for what takes minutes a step, and learns from rows: the first step alone, of ours and of TRL at its best
 with the rows named, one after the other, warming up included; of gradients, only the norms are compared.
@@ -45,8 +45,8 @@ MICRO = (1, 2, 4, 8)
 MICRO_ONLINE = (2, 4, 8, 16, 32)
 REFUSED = {"kto": (1,)}
 """Rows at a time with which TRL ends in an error: its z needs another row of the microbatch."""
-REUSING = "prefopt, reusing what drawing computed"
-REUSE = "rollout.reuse_bytes=2000000000"
+PREPARED = "prefopt, drawing compiled and reused"
+OPTIONS = ("rollout.reuse_bytes=2000000000", "rollout.compile=true")
 LIMITS = {"float32": (1e-5, 1e-4), "bfloat16": (2e-2, 5e-2)}
 """How far losses and gradients may differ."""
 
@@ -93,8 +93,8 @@ class Side:
         found = self._answer()
         self.losses += found["losses"]
         self.norms += found["norms"]
-        if self.name == REUSING and min(found["reused"]) < 1:
-            raise SystemExit(f"{self.name}: only {min(found['reused']):.0%} were looked up")
+        if self.name == PREPARED and not (found["compiled"] and min(found["reused"]) == 1):
+            raise SystemExit(f"{self.name}: not compiled, or only {min(found['reused']):.0%} were looked up")
         whole = [seconds + found["reference_seconds"] for seconds in found["seconds"]]
         if count:
             self.seconds += found["seconds"]
@@ -119,7 +119,7 @@ class Side:
 
 def ours(workload: Path, method: str, steps: int, *more: str) -> Side:
     return Side(
-        REUSING if REUSE in more else "prefopt",
+        PREPARED if {*OPTIONS} <= {*more} else "prefopt",
         [sys.executable, str(HERE / "ours.py"), str(workload), method, str(steps), *more],
     )
 
@@ -129,8 +129,8 @@ def peer(python: str, workload: Path, method: str, steps: int, micro: int, *more
     return Side(f"TRL, {micro} rows at a time{', best settings' if 'best' in more else ''}", command)
 
 
-def reuses(method: str, precision: str) -> bool:
-    """Whether our side takes part once more, with what drawing computed."""
+def prepares(method: str, precision: str) -> bool:
+    """Whether our side takes part once more, with what makes drawing faster and keeps what it computed."""
     return method in BETA and precision == "float32"
 
 
@@ -177,8 +177,8 @@ def equality(python: str, workload: Path, method: str, precision: str) -> dict[s
         folder = Path(temporary)
         mine, theirs = same_draws(workload, method, folder) if method in BETA else ([], [])
         ways = [[*mine, f"optim.precision={precision}"]]
-        if reuses(method, precision):
-            ways.append([*ways[0], f"run.dir={folder}/again", REUSE])
+        if prepares(method, precision):
+            ways.append([*ways[0], f"run.dir={folder}/again", *OPTIONS])
         files = [folder / f"{name}.safetensors" for name in ("theirs", "ours", "again")]
         own = [ours(workload, method, 2, str(file), *way) for file, way in zip(files[1:], ways, strict=False)]
         other = peer(python, workload, method, 2, whole(method), str(files[0]), *theirs, f"precision={precision}")
@@ -264,8 +264,8 @@ def compare(
         peer(python, workload, method, total, whole(method), f"precision={precision}"),
         peer(python, workload, method, total, micro, "best", f"precision={precision}"),
     ]
-    if reuses(method, precision):
-        sides.append(ours(workload, method, total, f"optim.precision={precision}", REUSE))
+    if prepares(method, precision):
+        sides.append(ours(workload, method, total, f"optim.precision={precision}", *OPTIONS))
     with ExitStack() as stack:
         for side in sides:
             stack.enter_context(side)
@@ -289,7 +289,7 @@ def compare(
         "sides": found,
         "times_slower_than_prefopt": {name: median(each) for name, each in by_block.items()},
         "times_slower_by_block": by_block,
-        "times_slower_than_reusing": slower(found, found.get(REUSING)),
+        "times_slower_than_prepared": slower(found, found.get(PREPARED)),
         "search_for_the_best_of_trl": peers,
     }
 

@@ -20,6 +20,7 @@ from worker import BETA, PROMPTS, SAMPLES, TOKENS, Steps, answer, orders, peak_m
 from prefopt import session
 from prefopt.config import load_run
 from prefopt.engine.columns import asked
+from prefopt.engine.compiled import Compiled
 from prefopt.engine.folder import RunFolder
 from prefopt.engine.loop import Loop
 from prefopt.engine.memory import give_back
@@ -133,7 +134,7 @@ def main() -> None:
             steps.norms.append(metrics["gradient/norm"])
             steps.reused.append(metrics.get("sampler/reused", 0.0))
             done += 1
-        answer(roof=speed, **asdict(steps))
+        answer(roof=speed, compiled=Compiled.knows(loop.scorer.network), **asdict(steps))
     shutil.rmtree(folder)
     answer(peak_mb=peak_mb())
 
