@@ -127,9 +127,10 @@ def work(options: argparse.Namespace) -> None:
     ready = time.perf_counter() - began
     if side == COMPILED and not Compiled.knows(model.network):
         raise SystemExit("the steps are not compiled")
+    before = peak_mb(device)
     for _ in range(0 if greedy else BEFORE):
         draw(model, prompts, most, greedy, *more)
-    before, began, busy = peak_mb(device), time.perf_counter(), time.process_time()
+    began, busy = time.perf_counter(), time.process_time()
     texts = draw(model, prompts, most, greedy, *more)
     found = {"seconds": time.perf_counter() - began, "cpu_seconds": time.process_time() - busy}
     found |= {"tokens": sum(map(len, texts)), "longest": max(map(len, texts)), "peak_mb": peak_mb(device)}
@@ -266,7 +267,9 @@ def main() -> None:
         return
     if options.vllm and options.device != "cpu":
         parser.error("--vllm is its CPU build: leave --device out")
-    settings = {"mean": MEAN, "longest": LONGEST, "equal": EQUAL}
+    if options.eager and not options.vllm:
+        parser.error("--eager is for --vllm")
+    settings = {"mean": MEAN, "longest": LONGEST, "equal": EQUAL, "before": BEFORE}
     settings |= {name: getattr(options, name) for name in (*SIZES, "device")} | {"torch": torch.__version__}
     found = json.loads(options.out.read_text("utf-8")) if options.out.exists() else {}
     if options.vllm:

@@ -63,7 +63,7 @@ class Continuous(Sampler):
     """Take the most probable token instead of drawing one."""
     slots: PositiveInt | None = None
     """Rows drawn side by side. Default: 512 with less than 10 million weights; with more of them 128 on a CPU, 256 on
-    a GPU."""
+    a GPU. Memory for keys and values grows with them."""
     refill: bool = True
     """Give the slot of a row that has ended to the next request at once, instead of waiting for all rows to end."""
 

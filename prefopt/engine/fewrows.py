@@ -11,21 +11,20 @@ from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from functools import lru_cache, partial
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding_bag
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
+from prefopt.engine.pages import PAGE, Orders
 from prefopt.engine.shortrows import Asked
 
 LEAST = 1 << 16
 """Numbers in a matrix that is worth packing."""
 USUAL = 32
 """Rows that it is packed for; it serves any number."""
-PAGE = 32
-"""Tokens of a prompt that stand together."""
 NAME = "prefopt_few_rows"
 """Of the attention here, among those of transformers."""
 UNKNOWN = ("position_bias", "softcap", "cache")
@@ -36,14 +35,16 @@ class Step:
     """A step of some rows, one token each. Of keys and values every row has `width` of its own, and sees some of the
     `longest` on its pages: a mask says which, [rows, 1, 1, longest + width]."""
 
-    def __init__(self, pages: Sequence[Sequence[int]], width: int) -> None:
-        """`pages` of each row, with PAGE tokens of its prompt each; none for a row without a prompt."""
+    def __init__(self, pages: Sequence[Sequence[int]], width: int, orders: dict[int, Orders] | None = None) -> None:
+        """`pages` of each row, with PAGE tokens of its prompt each; none for a row without a prompt. `orders` are those
+        of a step with the same, by number of heads."""
         self.pages, self.width = pages, width
-        self.parts, self.count = max(map(len, pages)), 1 + max(chain(*pages), default=-1)
-        self.longest = PAGE * self.parts
+        self.longest = PAGE * max(map(len, pages))
+        self.end = 1 + max(chain(*pages), default=-1)
+        """Pages from here on are nobody's."""
         self.prompts: Sequence[Tensor] = ()
-        """Of the layer in progress, its pages: keys [count or more, K, D, PAGE], values [count or more, K, PAGE, D]."""
-        self.orders: dict[int, Orders] = {}
+        """Of the layer in progress, its pages: keys [end or more, K, D, PAGE], values [end or more, K, PAGE, D]."""
+        self.orders: dict[int, Orders] = {} if orders is None else orders
         self.biases: dict[int, tuple[Tensor, Tensor]] = {}
 
     def knows(self, asked: Asked) -> bool:
@@ -63,65 +64,29 @@ class Step:
         return self.biases[id(mask)][1]
 
     def scores(self, query: Tensor) -> Tensor:
-        """Of each row's query [n, K, g, D] with the keys of its pages, each of which is read once for all its rows;
+        """Of each row's query [n, K, g, D] with the keys on its pages, each of which is read once for all its rows;
         [n, K, g, longest]."""
-        (n, heads, queries, _), keys = query.shape, self.prompts[0][: self.count].flatten(0, 1)
-        orders = self._orders(heads)
-        asked = query.flatten(0, 1).index_select(0, orders.rows).view(len(keys), -1, query.shape[3])
+        n, heads, queries, size = query.shape
+        orders, keys = self._read(0, heads)
+        asked = query.flatten(0, 1).index_select(0, orders.rows).view(len(keys), -1, size)
         found = torch.bmm(asked, keys).view(-1, queries, PAGE).index_select(0, orders.back)
-        return found.view(n, heads, self.parts, queries, PAGE).transpose(2, 3).reshape(n, heads, queries, -1)
+        return found.view(n, heads, -1, queries, PAGE).transpose(2, 3).reshape(n, heads, queries, -1)
 
     def sums(self, weights: Tensor) -> Tensor:
-        """Of the values of each row's pages, with weights [n, K, g, longest]; [n, K, g, D]."""
-        (n, heads, queries, _), values = weights.shape, self.prompts[1][: self.count].flatten(0, 1)
-        orders = self._orders(heads)
-        parts = weights.view(n, heads, queries, -1, PAGE).transpose(2, 3).reshape(-1, queries, PAGE)
-        found = torch.bmm(parts.index_select(0, orders.parts).view(len(values), -1, PAGE), values)
-        of_rows = embedding_bag(orders.found, found.view(len(orders.parts), -1), orders.starts, mode="sum")
-        return of_rows.view(n, heads, queries, -1)
+        """Of the values on each row's pages, with weights [n, K, g, longest]; [n, K, g, D]."""
+        n, heads, queries, _ = weights.shape
+        orders, values = self._read(1, heads)
+        cut = weights.view(n, heads, queries, -1, PAGE).transpose(2, 3).reshape(-1, queries, PAGE)
+        each = torch.bmm(cut.index_select(0, orders.weights).view(len(values), -1, PAGE), values)
+        found = embedding_bag(orders.own, each.view(len(orders.weights), -1), orders.starts, mode="sum")
+        return found.view(n, heads, queries, -1)
 
-    def _orders(self, heads: int) -> Orders:
+    def _read(self, which: int, heads: int) -> tuple[Orders, Tensor]:
+        """Keys or values of the pages that are read, [readings * K, ...]."""
         if heads not in self.orders:
-            self.orders[heads] = Orders.of(self.pages, self.count, self.parts, heads)
-        return self.orders[heads]
-
-
-class Orders(NamedTuple):
-    """Where things of rows stand among those of pages, and the other way round. Both have heads [K]; a page stands
-    there with as many rows as any page has, the first row taking the place of those that are missing."""
-
-    rows: Tensor
-    """For each page, head and row of the page: the row's head, among [n, K]."""
-    parts: Tensor
-    """For the same: that part of the row's head, among [n, K, parts]."""
-    back: Tensor
-    """For each part of each row's head: where it is among those of pages. Those that it does not have are anywhere."""
-    found: Tensor
-    """The same, for those that there are."""
-    starts: Tensor
-    """Where in `found` each row's head begins."""
-
-    @classmethod
-    def of(cls, pages: Sequence[Sequence[int]], count: int, parts: int, heads: int) -> Orders:
-        here: list[list[tuple[int, int]]] = [[] for _ in range(count)]
-        there = []
-        for i, numbers in enumerate(pages):
-            there.append([(number, len(here[number])) for number in numbers])
-            for k, number in enumerate(numbers):
-                here[number].append((i, k))
-        most = max(map(len, here))
-        row, part = torch.tensor([_filled(pairs, most) for pairs in here])[:, None].unbind(-1)
-        page, which = torch.tensor([_filled(pairs, parts) for pairs in there])[:, None].unbind(-1)
-        each, sizes = torch.arange(heads)[:, None], torch.tensor([len(numbers) for numbers in pages])
-        rows, back = row * heads + each, (page * heads + each) * most + which
-        are = (torch.arange(parts) < sizes[:, None])[:, None].expand(-1, heads, -1)
-        ends = sizes.repeat_interleave(heads).cumsum(0)
-        starts = torch.cat([ends.new_zeros(1), ends[:-1]])
-        return cls(rows.flatten(), (rows * parts + part).flatten(), back.flatten(), back[are], starts)
-
-
-def _filled(pairs: list[tuple[int, int]], size: int) -> list[tuple[int, int]]:
-    return pairs + [(0, 0)] * (size - len(pairs))
+            self.orders[heads] = Orders.of(self.pages, heads)
+        orders, x = self.orders[heads], self.prompts[which]
+        return orders, (x[: self.end] if orders.pages is None else x.index_select(0, orders.pages)).flatten(0, 1)
 
 
 _product: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from prefopt.engine.fewrows import PAGE, Step, able
+from prefopt.engine.fewrows import Step, able
+from prefopt.engine.pages import PAGE, Orders
 from prefopt.engine.slots import Columns, Layer, Rows, Slots, parts
 
 NOWHERE = 1 << 40
@@ -27,13 +28,12 @@ class SharedLayer(Layer):
         self.prompts: list[Tensor] = []
 
     def begin(  # type: ignore[override]
-        self, pages: Tensor, which: Tensor, keys: Tensor, values: Tensor
+        self, pages: Tensor, which: Tensor, end: int, keys: Tensor, values: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Prompts [n, heads, T, size] onto pages; `which` parts of PAGE tokens, counted over all prompts, go there. A
-        prompt sees itself alone."""
+        """Prompts [n, heads, T, size] onto pages, of which there are `end`; of PAGE tokens each, counted over all
+        prompts, `which` go there. A prompt sees itself alone."""
         new = _cut(keys)[which].transpose(2, 3), _cut(values)[which]
-        last = int(pages.max())
-        self.prompts = [_grown(old, 1 + last) for old in self.prompts or [x[:0] for x in new]]
+        self.prompts = [_grown(old, end) for old in self.prompts or [x[:0] for x in new]]
         for prompts, x in zip(self.prompts, new, strict=True):
             prompts[pages] = x
         return keys, values
@@ -50,7 +50,7 @@ class SharedLayer(Layer):
 
 
 def _cut(x: Tensor) -> Tensor:
-    """[n, heads, T, size] in parts of PAGE tokens, the last ones filled with 0, [n * parts, heads, PAGE, size]."""
+    """[n, heads, T, size] in pieces of PAGE tokens, the last ones filled with 0, [n * pieces, heads, PAGE, size]."""
     n, heads, tokens, size = x.shape
     filled = pad(x, (0, 0, 0, -tokens % PAGE)).view(n, heads, -1, PAGE, size)
     return filled.transpose(1, 2).flatten(0, 1)
@@ -74,6 +74,8 @@ class Shared(Slots):
         """Where the prompt of each slot stands."""
         self.size = [0] * slots
         """How many of its tokens the slot begins with."""
+        self.known: tuple[list[tuple[int, ...]], dict[int, Orders]] = [], {}
+        """The pages of the rows of the last step, and their orders."""
 
     @staticmethod
     def serves(network: Any) -> bool:
@@ -90,40 +92,51 @@ class Shared(Slots):
         taken = set(chain(*self.pages))
         free = (page for page in count() if page not in taken)
         for slot in slots:
-            self.pages[slot] = tuple(islice(free, _parts(self.size[slot])))
+            self.pages[slot] = tuple(islice(free, _pages_of(self.size[slot])))
+        end = 1 + max(chain(*self.pages), default=-1)
         for part in parts(prompts):
             numbers = [self.pages[slots[i]] for i in part]
             most = max(map(len, numbers))
             which = [i * most + k for i, pages in enumerate(numbers) for k in range(len(pages))]
-            self._read([prompts[i] for i in part], torch.tensor([*chain(*numbers)]), torch.tensor(which))
+            self._read([prompts[i] for i in part], torch.tensor([*chain(*numbers)]), torch.tensor(which), end)
 
     def copy(self, source: int, targets: List[int], length: int) -> None:
-        size = min(self.size[source], length)
         for target in targets:
-            self.pages[target], self.size[target] = self.pages[source], size
-        super().copy(source, targets, length - size)
+            self.pages[target], self.size[target] = self.pages[source], self.size[source]
+            self._cut(target, length)
+        super().copy(source, targets, length - min(self.size[source], length))
 
     @torch.no_grad()
     def advance(self, tokens: Tensor, positions: Tensor, width: int) -> Tensor:
         known = positions.tolist()
-        self.size[: len(known)] = [min(pair) for pair in zip(self.size, known, strict=False)]
-        self._gather(len(known))
+        for slot, position in enumerate(known):
+            self._cut(slot, position)
         sizes = self.size[: len(known)]
         columns = [position - size for position, size in zip(known, sizes, strict=True)]
-        pages = [numbers[: _parts(size)] for numbers, size in zip(self.pages, sizes, strict=False)]
-        step = Step(pages, 1 + max(columns))
+        pages, orders = self._gathered(len(known))
+        step = Step(pages, 1 + max(columns), orders)
         self._pass("extend", *_target(columns), step.width, step)
         assert self.few_rows is not None
         with self.few_rows.of(step):
             return self._logits(tokens, positions, _standing(torch.tensor(sizes), step.longest, step.width))
 
-    def _gather(self, rows: int) -> None:
-        """Moves the prompts of these rows to the first pages where less than half of the pages before the last are
-        theirs."""
-        used = set(chain(*self.pages[:rows]))
-        if 2 * len(used) > max(used, default=-1):
-            return
-        gaps = [page for page in range(len(used)) if page not in used]
+    def _cut(self, slot: int, length: int) -> None:
+        """The slot begins with no more than so many tokens of its prompt."""
+        if length < self.size[slot]:
+            self.pages[slot], self.size[slot] = self.pages[slot][: _pages_of(length)], length
+
+    def _gathered(self, rows: int) -> tuple[list[tuple[int, ...]], dict[int, Orders]]:
+        """The pages of these rows, moved to the first ones where less than half of those up to the last are theirs."""
+        if self.pages[:rows] != self.known[0]:
+            used = set(chain(*self.pages[:rows]))
+            if 2 * len(used) <= max(used, default=-1):
+                self._move([*used])
+            self.known = self.pages[:rows], {}
+        return self.known
+
+    def _move(self, used: list[int]) -> None:
+        """These pages to the first ones."""
+        gaps = sorted({*range(len(used))} - {*used})
         late = sorted(page for page in used if page >= len(used))
         for layer in self.layers:
             layer.swap(late, gaps)
@@ -131,8 +144,8 @@ class Shared(Slots):
         self.pages = [tuple(moved.get(page, page) for page in numbers) for numbers in self.pages]
 
 
-def _parts(size: int) -> int:
-    """How many pages so many tokens take."""
+def _pages_of(size: int) -> int:
+    """How many so many tokens take."""
     return -(-size // PAGE)
 
 

@@ -13,7 +13,7 @@ from prefopt.api import Request
 from prefopt.builtin.continuous import Continuous
 from prefopt.builtin.samplers import Plain
 from prefopt.config import LoraConfig, ModelConfig
-from prefopt.engine import fewrows, shared
+from prefopt.engine import fewrows, pages, shared
 from prefopt.engine.arena import Apart, arena, disagreement
 from prefopt.engine.fewrows import FewRows
 from prefopt.engine.lora import Without
@@ -130,7 +130,7 @@ def test_a_model_that_refuses_is_drawn_row_by_row(tiny_model):
 
 @pytest.fixture
 def pages_of_two(monkeypatch):
-    for module in (fewrows, shared):
+    for module in (fewrows, pages, shared):
         monkeypatch.setattr(module, "PAGE", 2)
 
 
@@ -282,6 +282,48 @@ def test_a_model_with_attention_of_its_own_is_drawn_in_slots(tiny_model):
 
 
 @pytest.mark.usefixtures("pages_of_two")
+def test_pages_that_move_and_become_more_are_found_again(tiny_model):
+    network = AutoModelForCausalLM.from_pretrained(tiny_model)
+    slots = Shared(network, 3, 9, 5)
+    rows = [[9, 8, 7, 6, 5], [*range(5, 14)], [6, 7, 8]]
+    slots.read([tuple(rows[i]) for i in (1, 2, 0)], [1, 2, 0])
+
+    def step(n: int) -> None:
+        for row in rows[:n]:
+            row.append(4 + len(row))
+        tokens, positions = ([f(row) for row in rows[:n]] for f in (lambda row: row[-1], lambda row: len(row) - 1))
+        found = slots.advance(torch.tensor(tokens), torch.tensor(positions), max(positions) + 1)
+        with torch.no_grad():
+            whole = torch.stack([network(torch.tensor([row])).logits[0, -1] for row in rows[:n]])
+        torch.testing.assert_close(found, whole, atol=1e-5, rtol=1e-5)
+
+    assert slots.pages == [(7, 8, 9), (0, 1, 2, 3, 4), (5, 6)]
+    step(1)
+    assert slots.pages == [(0, 1, 2), (7, 8, 9, 3, 4), (5, 6)]
+    step(3)
+    rows[2] = [4, 5, 6, 7, 8, 9, 10]
+    slots.read([tuple(rows[2])], [2])
+    assert slots.pages == [(0, 1, 2), (7, 8, 9, 3, 4), (5, 6, 10, 11)]
+    step(3)
+    step(1)
+    step(3)
+
+
+@pytest.mark.usefixtures("pages_of_two")
+def test_a_prompt_whose_keys_are_no_numbers_spoils_its_own_rows_alone(tiny_model):
+    network = AutoModelForCausalLM.from_pretrained(tiny_model)
+    slots = Shared(network, 3, 9, 4)
+    slots.read([(5,), (6,), (7, 8, 9, 10, 11)], [0, 1, 2])
+    for layer in slots.layers:
+        layer.prompts[0][slots.pages[0][0]] = torch.nan
+    found = slots.advance(torch.tensor([4, 5, 6]), torch.tensor([1, 1, 5]), 6)
+    assert found[0].isnan().all()
+    for logits, row in zip(found[1:], ([6, 5], [7, 8, 9, 10, 11, 6]), strict=True):
+        with torch.no_grad():
+            assert torch.allclose(logits, network(torch.tensor([row])).logits[0, -1], atol=1e-5)
+
+
+@pytest.mark.usefixtures("pages_of_two")
 def test_a_prompt_stands_in_one_place_as_long_as_a_row_begins_with_it(tiny_model):
     """Slots 0 .. 2 hold one prompt, 3 its first two tokens, 4 another that is the same by chance, 5 none."""
     network = AutoModelForCausalLM.from_pretrained(tiny_model)
@@ -289,7 +331,7 @@ def test_a_prompt_stands_in_one_place_as_long_as_a_row_begins_with_it(tiny_model
     slots.read([(5, 6, 7), (5, 6, 7), ()], [0, 4, 5])
     slots.copy(0, [1, 2], 3)
     slots.copy(1, [3], 2)
-    assert slots.pages == [(0, 1), (0, 1), (0, 1), (0, 1), (2, 3), ()]
+    assert slots.pages == [(0, 1), (0, 1), (0, 1), (0,), (2, 3), ()]
     rows = [[5, 6, 7], [5, 6, 7], [5, 6, 7], [5, 6], [5, 6, 7], []]
 
     def step(*tokens: int) -> None:
@@ -311,17 +353,16 @@ def test_a_prompt_stands_in_one_place_as_long_as_a_row_begins_with_it(tiny_model
     step(12, 12, 12)
     slots.read([(9, 8, 7, 6, 5), (4,)], [0, 2])
     rows[0], rows[2] = [9, 8, 7, 6, 5], [4]
-    assert slots.pages == [(4, 5, 6), (0, 1), (7,), (0, 1), (2, 3), ()]
+    assert slots.pages == [(1, 4, 5), (0,), (6,), (0,), (2, 3), ()]
     step(5, 5, 5, 5, 5, 5)
     slots.copy(2, [1], 2)
     rows[1] = rows[2][:2]
-    assert slots.pages[:2] == [(4, 5, 6), (7,)]
     step(6, 6)
-    assert slots.pages[:2] == [(4, 5, 6), (7,)]  # four pages are half of the first eight
+    assert slots.pages[:2] == [(1, 4, 5), (6,)]  # four pages are more than half of the first seven
     slots.copy(2, [0], 2)
     rows[0] = rows[2][:2]
     step(7, 8)
-    assert slots.pages == [(0,), (0,), (0,), (7, 1), (2, 3), ()]  # one is less: it has moved to the first
+    assert slots.pages == [(0,), (0,), (0,), (6,), (2, 3), ()]  # one is less: it has moved to the first
     rows[2] = rows[2][:2]
     step(8, 7, 5, 9, 9)
 
@@ -330,8 +371,9 @@ def test_a_prompt_stands_in_one_place_as_long_as_a_row_begins_with_it(tiny_model
 def test_prompts_of_very_different_length_are_read_apart(tiny_model, monkeypatch, maker):
     network = AutoModelForCausalLM.from_pretrained(tiny_model)
     seen = []
-    monkeypatch.setattr(Slots, "_pass", lambda *_: None)
-    monkeypatch.setattr(network.base_model, "forward", lambda input_ids, **_: seen.append(input_ids))
+    monkeypatch.setattr(Slots, "_pass", lambda self, name, where, *_: seen.append(where.tolist()))
+    monkeypatch.setattr(network.base_model, "forward", lambda **_: None)
     lengths = [8, 31, 40, 6, 30, 9]
     maker(network, 6, 48, 16).read([tuple(range(5, 5 + n)) for n in lengths], [*range(6)])
-    assert [sorted((ids > 0).sum(1).tolist()) for ids in seen] == [[30, 31, 40], [8, 9], [6]]
+    where = {Slots: [[1, 2, 4], [0, 5], [3]], Shared: [[1, 2, 3, 5], [0, 6], [4]]}  # 40 tokens have two pages
+    assert [sorted(part) for part in seen] == where[maker]

@@ -67,6 +67,17 @@ def test_compiled_steps_draw_the_text_of_the_plain_sampler(tmp_path, family):
     same_texts(tmp_path / family)
 
 
+def test_compiled_steps_of_a_single_column(tiny_model, compilings):
+    """Of the second wave of rows: they have one token, and nothing was drawn for them."""
+    model, requests = opened(tiny_model), [Request((5 + i,), i) for i in range(8)]
+    found, expected = (
+        sorted((i, c.ids) for i, c in sampler.open(model)(requests))
+        for sampler in (Continuous(max_new_tokens=2, slots=4, refill=False), Plain(max_new_tokens=2))
+    )
+    assert found == expected
+    assert len(compilings) == 1
+
+
 @pytest.mark.slow
 def test_they_do_so_on_every_architecture(architecture):
     if "gemma2" in architecture.parent.name:
@@ -164,7 +175,7 @@ def test_a_network_that_a_step_changes_is_not_compiled(tiny_model):
     heard: list[str] = []
     model = replace(opened(tiny_model), warn=heard.append)
     model.network.register_buffer("steps", torch.zeros(1))
-    model.network.register_forward_pre_hook(lambda network, _: network.steps.add_(1) and None)
+    model.network.register_forward_hook(lambda network, *_: (network.steps.add_(1), None)[1])
     assert type(model.arena(2, 2, 2)) is Shared
     assert heard == ["rollout.compile has no effect: NotImplementedError: a step changes tensors of the model"]
 

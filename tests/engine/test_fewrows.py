@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from prefopt.engine import fewrows
+from prefopt.engine import pages as pages_
 from prefopt.engine.fewrows import LEAST, NAME, FewRows, Step, able
 
 WIDE, HIGH = 96, 1000
@@ -229,10 +230,13 @@ def test_attention_of_one_token_a_row_is_that_of_the_formula(keys, scale, monkey
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("skew", [2, 1])
 @pytest.mark.parametrize("keys", [4, 2])
-def test_rows_that_share_pages_of_a_prompt_read_them_there(keys, monkeypatch):
+def test_rows_that_share_pages_of_a_prompt_read_them_there(keys, skew, monkeypatch):
     """Nobody has page 0. Row 0 has page 2 with three tokens, rows 1 and 4 have pages 3 and 1, of which a window hides
-    some from row 4, row 3 begins with a part of page 3, and row 2 has no prompt."""
+    some from row 4, row 3 begins with a part of page 3, and row 2 has no prompt. Page 3 has more rows than the mean of
+    two."""
+    monkeypatch.setattr(pages_, "SKEW", skew)
     monkeypatch.setattr(fewrows, "PAGE", 4)
     pages, rows, heads, size, longest, width = [(2,), (3, 1), (), (3,), (3, 1)], 5, 4, 6, 8, 3
     query = numbers(rows, heads, 1, size)
@@ -244,8 +248,12 @@ def test_rows_that_share_pages_of_a_prompt_read_them_there(keys, monkeypatch):
     visible = torch.cat([seen, after], 1)[:, None, None]
     begun = [torch.stack([p[[*numbers, 0, 0][:2]].transpose(0, 1).flatten(1, 2) for numbers in pages]) for p in prompts]
     whole = [torch.cat(pair, 2) for pair in zip(begun, own, strict=True)]
-    found = attend(query, *own, visible, Step(pages, width), [prompts[0].transpose(2, 3), prompts[1]])
+    step = Step(pages, width)
+    found = attend(query, *own, visible, step, [prompts[0].transpose(2, 3), prompts[1]])
     torch.testing.assert_close(found, attention(query, *whole, visible, size**-0.5), atol=1e-6, rtol=1e-5)
+    (orders,) = step.orders.values()
+    assert (orders.pages is None) == (skew == 2)
+    assert skew == 2 or orders.pages.tolist() == [0, 1, 2, 3, 3]
 
 
 class Module(nn.Module):

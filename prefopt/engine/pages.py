@@ -1,0 +1,80 @@
+"""Which rows read which pages of prompts, as indices. Knows numbers alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import chain
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+PAGE = 32
+"""Tokens of a prompt that stand together."""
+SKEW = 2
+"""A page is read once more for each so many times the mean number of rows that it has."""
+Pairs = list[list[tuple[int, int]]]
+
+
+class Orders(NamedTuple):
+    """Where things of rows, with heads [K], stand among those of readings, and the other way round. A reading is one of
+    a page for rows that have it; each takes as many rows as any does, of which some are there to fill it."""
+
+    pages: Tensor | None
+    """The page of each reading; None where each is read once, in their order."""
+    rows: Tensor
+    """For each reading, head and row of the reading: the row's head, among [n, K]."""
+    weights: Tensor
+    """For the same: the page of the row's head, among [n, K, most]."""
+    back: Tensor
+    """For each of `most` pages of each row's head: where it is among those of readings. The first one stands for those
+    that the row does not have."""
+    own: Tensor
+    """The same, for those that it has."""
+    starts: Tensor
+    """Where in `own` each row's head begins."""
+
+    @classmethod
+    def of(cls, pages: Sequence[Sequence[int]], heads: int) -> Orders:
+        """For rows with these pages."""
+        numbers, here, there = _readings(pages)
+        size, most = max(map(len, here)), max(map(len, pages))
+        row, which = torch.tensor([_filled(pairs, size) for pairs in here])[:, None].unbind(-1)
+        reading, place = torch.tensor([_filled(pairs, most) for pairs in there])[:, None].unbind(-1)
+        each, sizes = torch.arange(heads)[:, None], torch.tensor(list(map(len, pages)))
+        rows, back = row * heads + each, (reading * heads + each) * size + place
+        has = (torch.arange(most) < sizes[:, None])[:, None].expand(-1, heads, -1)
+        ends = sizes.repeat_interleave(heads).cumsum(0)
+        starts = torch.cat([ends.new_zeros(1), ends[:-1]])
+        again = torch.tensor(numbers) if len(numbers) > len({*numbers}) else None
+        return cls(again, rows.flatten(), (rows * most + which).flatten(), back.flatten(), back[has], starts)
+
+
+def _readings(pages: Sequence[Sequence[int]]) -> tuple[list[int], Pairs, Pairs]:
+    """The page of each reading; the rows of each, with which of their pages it is; and the reading of each page of each
+    row, with which of its rows that is.
+
+    >>> _readings([(0,), (0, 2)])
+    ([0, 1, 2], [[(0, 0), (1, 0)], [], [(1, 1)]], [[(0, 0)], [(0, 1), (2, 0)]])
+    """
+    used = set(chain(*pages))
+    numbers = list(range(1 + max(used)))
+    limit = SKEW * -(-sum(map(len, pages)) // len(used))
+    last = numbers.copy()
+    here: Pairs = [[] for _ in numbers]
+    there: Pairs = []
+    for row, own in enumerate(pages):
+        there.append([])
+        for which, page in enumerate(own):
+            if len(here[last[page]]) == limit:
+                last[page] = len(here)
+                here.append([])
+                numbers.append(page)
+            there[row].append((last[page], len(here[last[page]])))
+            here[last[page]].append((row, which))
+    return numbers, here, there
+
+
+def _filled(pairs: list[tuple[int, int]], size: int) -> list[tuple[int, int]]:
+    first = pairs[0] if pairs else (0, 0)
+    return pairs + [first] * (size - len(pairs))
