@@ -171,13 +171,17 @@ def test_a_model_is_compiled_for_those_alone_who_want_that(tiny_model, compiling
     assert len(compilings) == 1
 
 
-def test_a_network_that_a_step_changes_is_not_compiled(tiny_model):
-    heard: list[str] = []
-    model = replace(opened(tiny_model), warn=heard.append)
+def test_what_a_step_changes_in_a_model_is_changed_by_compiled_steps(tiny_model):
+    model = opened(tiny_model)
     model.network.register_buffer("steps", torch.zeros(1))
     model.network.register_forward_hook(lambda network, *_: (network.steps.add_(1), None)[1])
-    assert type(model.arena(2, 2, 2)) is Shared
-    assert heard == ["rollout.compile has no effect: NotImplementedError: a step changes tensors of the model"]
+    arena = model.arena(1, 2, 4)
+    arena.read([(5, 6)], [0])
+    before = float(model.network.steps)
+    for k in range(3):
+        arena.advance(torch.tensor([7]), torch.tensor([2 + k]), 3 + k)
+    assert arena.program is not None
+    assert float(model.network.steps) == before + 3
 
 
 def test_a_network_is_let_go_with_its_program(tiny_model):
