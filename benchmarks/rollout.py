@@ -4,8 +4,8 @@
         [--device cuda | --vllm PYTHON [--eager]]
 
 WORKLOAD is made by `compare/workload.py`. `generate` gets n copies of every prompt, padded on the left, and goes on
-until the longest completion ends. Greedy texts of both sides are compared first and must be equal. Then blocks
-alternate, each in a process of its own. *uneven*: an untrained model hardly ever ends by itself, so a constant is added
+until the longest completion ends. Greedy texts of both sides are compared first and must be equal. Then they draw in
+turn, each in a process of its own. *uneven*: an untrained model hardly ever ends by itself, so a constant is added
 to the end's logit on both sides that makes MEAN tokens the mean length, a geometric distribution cut at LONGEST.
 *equal*: no completion ends before EQUAL tokens. What counts are tokens of completions, with their end, without padding,
 by the clock and by the processor time of the process, which a busy machine disturbs less. Where all rows fit into the
@@ -25,8 +25,9 @@ import random
 import resource
 import subprocess
 import sys
-import tempfile
 import time
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -43,10 +44,10 @@ COPIED, COPIES = 1 << 28, 8
 """Bytes moved to see how fast memory is, and how often."""
 SIDES = ("prefopt", "generate")
 COMPILED, EAGER = "prefopt compiled", "vLLM eager"
-OURS, THEIRS = ("prefopt", COMPILED), ("vLLM",)
+OURS, THEIRS = ("prefopt", COMPILED), ("vLLM", EAGER)
 KINDS = ("uneven", "equal")
 BEFORE = 2
-"""How often all is drawn before the clock runs."""
+"""Drawings of each side before the clock runs."""
 Prompts = list[tuple[int, ...]]
 
 
@@ -105,7 +106,7 @@ def continuous(model: Any, prompts: Prompts, most: int, greedy: bool, slots: int
 
 
 def work(options: argparse.Namespace) -> None:
-    """One block of one side: prints what it took."""
+    """One side: draws when told to, and says what it took."""
     from prefopt.engine.compiled import Compiled
     from prefopt.engine.models import open_model
     from prefopt.engine.ranks import Ranks
@@ -115,6 +116,7 @@ def work(options: argparse.Namespace) -> None:
         Ranks(options.device, options.threads)  # a run begins with it
     torch.set_num_threads(options.threads)
     device = torch.device(options.device)
+    copied = copy_rate(device)
     model: Any = replace(open_model(str(options.workload / "model"), device), compiled=side == COMPILED)
     greedy = kind == "greedy"
     prompts = read_prompts(options.workload, options.prompts, 1 if greedy else options.samples)
@@ -124,22 +126,23 @@ def work(options: argparse.Namespace) -> None:
     draw: Any = continuous if side in OURS else generate
     began = time.perf_counter()
     draw(model, prompts[:2], 2, greedy, *more)
-    ready = time.perf_counter() - began
+    answer(ready_seconds=time.perf_counter() - began, copy_gb_per_second=copied)
     if side == COMPILED and not Compiled.knows(model.network):
         raise SystemExit("the steps are not compiled")
-    before = peak_mb(device)
-    for _ in range(0 if greedy else BEFORE):
-        draw(model, prompts, most, greedy, *more)
-    began, busy = time.perf_counter(), time.process_time()
-    texts = draw(model, prompts, most, greedy, *more)
-    found = {"seconds": time.perf_counter() - began, "cpu_seconds": time.process_time() - busy}
-    found |= {"tokens": sum(map(len, texts)), "longest": max(map(len, texts)), "peak_mb": peak_mb(device)}
-    found["ready_seconds"] = ready
-    if len(prompts) <= options.slots:
-        weights = sum(p.numel() * p.element_size() for p in model.network.parameters())
-        found |= {"weights_gb_per_second": weights * found["longest"] / found["seconds"] / 1e9}
-    drawn = {"texts": texts} if greedy else {"prompts": prompts, "lengths": [len(text) for text in texts]}
-    print(json.dumps({**found, "before_mb": before, "copy_gb_per_second": copy_rate(device), "drawn": drawn}))
+    weights = sum(p.numel() * p.element_size() for p in model.network.parameters())
+    for _ in sys.stdin:
+        began, busy = time.perf_counter(), time.process_time()
+        texts = draw(model, prompts, most, greedy, *more)
+        found = {"seconds": time.perf_counter() - began, "cpu_seconds": time.process_time() - busy}
+        found |= {"tokens": sum(map(len, texts)), "longest": max(map(len, texts)), "peak_mb": peak_mb(device)}
+        if len(prompts) <= options.slots:
+            found |= {"weights_gb_per_second": weights * found["longest"] / found["seconds"] / 1e9}
+        drawn = {"texts": texts} if greedy else {"prompts": prompts, "lengths": [len(text) for text in texts]}
+        answer(**found, drawn=drawn)
+
+
+def answer(**found: Any) -> None:
+    print(json.dumps(found), flush=True)
 
 
 def peak_mb(device: torch.device) -> float:
@@ -162,81 +165,89 @@ def copy_rate(device: torch.device) -> float:
     return 2 * COPIED * COPIES / min(taken) / 1e9
 
 
-def block(options: argparse.Namespace, side: str, kind: str) -> dict[str, Any]:
-    """Runs one in a process of its own."""
-    sizes = [f"--{name}={getattr(options, name)}" for name in SIZES]
-    sizes.append(f"--device={options.device}")
-    command = [sys.executable, __file__, str(options.workload), str(options.out), *sizes, "--work", side, kind]
-    return told(options, command)[-1]
+class Side:
+    """A process that draws when told to."""
+
+    def __init__(self, options: argparse.Namespace, name: str, kind: str) -> None:
+        environment = {
+            "OMP_NUM_THREADS": str(options.threads),
+            "HF_HUB_OFFLINE": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+        }
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        command = _vllm(options, name) if name in THEIRS else _own(options, name, kind)
+        self.name = name
+        self.process = subprocess.Popen(command, text=True, env={**os.environ, **environment}, **pipes)  # type: ignore[call-overload]
+
+    def __enter__(self) -> Side:
+        self.ready = self._answer()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+
+    def draw(self, drawn: dict[str, Any]) -> dict[str, Any]:
+        """What a drawing takes; vLLM continues prompts to the lengths of another that is told."""
+        self.process.stdin.write(json.dumps(drawn if self.name in THEIRS else None) + "\n")
+        self.process.stdin.flush()
+        return self._answer()
+
+    def _answer(self) -> dict[str, Any]:
+        for line in self.process.stdout:
+            if line.startswith("{"):
+                return json.loads(line)  # type: ignore[no-any-return]
+        raise SystemExit(f"{self.name} ended without an answer")
 
 
-def told(options: argparse.Namespace, command: list[str]) -> list[dict[str, Any]]:
-    """What a process of its own says, line by line."""
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": str(options.threads),
-        "HF_HUB_OFFLINE": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-    }
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+def _own(options: argparse.Namespace, name: str, kind: str) -> list[str]:
+    sizes = [f"--{size}={getattr(options, size)}" for size in (*SIZES, "device")]
+    return [sys.executable, __file__, str(options.workload), str(options.out), *sizes, "--work", name, kind]
 
 
-def compare(options: argparse.Namespace, kind: str) -> dict[str, Any]:
-    """Blocks of both sides in turn: medians, and the ratio of each pair of blocks."""
-    blocks: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
-    for _ in range(options.blocks):
-        for side in SIDES:
-            keep(blocks, side, kind, block(options, side, kind))
-    return compared(blocks)
+def _vllm(options: argparse.Namespace, name: str) -> list[str]:
+    prompts, script = read_prompts(options.workload, options.prompts, 1), Path(__file__).with_name("rollout_vllm.py")
+    longest = max(map(len, prompts)) + max(LONGEST, EQUAL) + 1
+    command = [str(options.vllm), str(script), str(options.workload / "model"), str(longest)]
+    return command + (["eager"] if name == EAGER else [])
+
+
+def in_turn(options: argparse.Namespace, kind: str, names: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
+    """What drawings of sides take, one after the other, those before the clock runs left out. The first is ours."""
+    blocks: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    with ExitStack() as stack:
+        sides = [stack.enter_context(Side(options, name, kind)) for name in names]
+        drawn: dict[str, Any] = {}
+        for turn in range(BEFORE + options.blocks):
+            for side in sides if turn % 2 == 0 else sides[::-1]:
+                found = side.draw(drawn)
+                drawn = found.pop("drawn", drawn)
+                if turn >= BEFORE:
+                    blocks[side.name].append(found | side.ready)
+                    rates = [found["tokens"] / found[clock] for clock in CLOCKS]
+                    print(f"{kind} {side.name}: {rates[0]:.0f} tokens/s, {rates[1]:.0f} by CPU time", flush=True)
+    return blocks
 
 
 def against_generate(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """Equality first."""
-    texts = [block(options, side, "greedy")["drawn"]["texts"] for side in SIDES]
+    texts = []
+    for name in SIDES:
+        with Side(options, name, "greedy") as side:
+            texts.append(side.draw({})["drawn"]["texts"])
     if texts[0] != texts[1]:
         raise SystemExit("the greedy texts of both sides differ")
-    return {kind: compare(options, kind) for kind in KINDS}
+    return {kind: compared(in_turn(options, kind, SIDES)) for kind in KINDS}
 
 
-def compare_vllm(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """The same against vLLM, which gets all kinds in one process, for it takes a minute to start."""
-    others = (*THEIRS, EAGER) if options.eager else THEIRS
-    pairs = {_name(*pair): pair for pair in product(KINDS, OURS, others)}
-    found: dict[str, dict[str, list[dict[str, Any]]]] = {
-        name: {ours: [], theirs: []} for name, (_, ours, theirs) in pairs.items()
-    }
-    for _ in range(options.blocks):
-        blocks = {(kind, ours): block(options, ours, kind) for kind, ours in product(KINDS, OURS)}
-        drawn = [blocks[kind, OURS[0]]["drawn"] for kind in KINDS]
-        for theirs in others:
-            taken = block_vllm(options, drawn, theirs)
-            blocks |= {(kind, theirs): one for kind, one in zip(KINDS, taken, strict=True)}
-        for name, (kind, ours, theirs) in pairs.items():
-            for side in (ours, theirs):
-                keep(found[name], side, name, blocks[kind, side])
-    return {name: compared(blocks) for name, blocks in found.items()}
-
-
-def block_vllm(options: argparse.Namespace, drawn: list[dict[str, Any]], side: str) -> list[dict[str, Any]]:
-    """What it takes to continue the prompts to the lengths of each drawing."""
-    with tempfile.TemporaryDirectory() as folder:
-        jobs = Path(folder) / "jobs.json"
-        jobs.write_text(json.dumps([job | {"before": BEFORE} for job in drawn]))
-        script = Path(__file__).with_name("rollout_vllm.py")
-        command = [str(options.vllm), str(script), str(options.workload / "model"), str(jobs)]
-        return told(options, command + (["eager"] if side == EAGER else []))
-
-
-def _name(kind: str, ours: str, theirs: str) -> str:
-    return f"{kind}, {ours}, {theirs}"
-
-
-def keep(blocks: dict[str, list[dict[str, Any]]], side: str, kind: str, found: dict[str, Any]) -> None:
-    """Adds a block to those of its side, without what was drawn, and prints its speed."""
-    blocks[side].append({name: x for name, x in found.items() if name != "drawn"})
-    rates = [found["tokens"] / found[clock] for clock in CLOCKS]
-    print(f"{kind} {side}: {rates[0]:.0f} tokens/s, {rates[1]:.0f} by CPU time", flush=True)
+def against_vllm(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    others = THEIRS if options.eager else THEIRS[:1]
+    found = {}
+    for kind in KINDS:
+        blocks = in_turn(options, kind, (*OURS, *others))
+        for ours, theirs in product(OURS, others):
+            found[f"{kind}, {ours}, {theirs}"] = compared({side: blocks[side] for side in (ours, theirs)})
+    return found
 
 
 def compared(blocks: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
@@ -274,7 +285,7 @@ def main() -> None:
     found = json.loads(options.out.read_text("utf-8")) if options.out.exists() else {}
     if options.vllm:
         settings["cache_gb"] = os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1")
-        found["against_vllm"] = {"settings": settings, **compare_vllm(options)}
+        found["against_vllm"] = {"settings": settings, **against_vllm(options)}
     else:
         found |= {"settings": settings, **against_generate(options)}
     options.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

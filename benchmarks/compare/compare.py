@@ -144,8 +144,8 @@ def usual(method: str) -> Sequence[int]:
     return MICRO_ONLINE if method in BETA else MICRO
 
 
-def same_draws(workload: Path, method: str, folder: Path) -> tuple[list[str], list[str]]:
-    """What makes both sides learn from the same draws and the same reference, a random model other than the policy.
+def same_reference(workload: Path, method: str, folder: Path) -> tuple[list[str], list[str]]:
+    """What gives both sides the same reference, a random model other than the policy.
 
     The seed is one with which no padding token is drawn: where one is, the losses of the two sides differ by 1e-4.
     """
@@ -155,10 +155,10 @@ def same_draws(workload: Path, method: str, folder: Path) -> tuple[list[str], li
     other = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(workload / "model"))
     for part in (other, AutoTokenizer.from_pretrained(workload / "model")):
         part.save_pretrained(folder / "reference")
-    mine = ["run.seed=1", f"run.dir={folder}/run"]
+    mine = ["run.seed=1"]
     if BETA[method]:
         mine.append(f"reference.path={folder}/reference")
-    return mine, [f"recorded={folder}/run/journal", f"reference={folder}/reference"]
+    return mine, [f"reference={folder}/reference"]
 
 
 def spread(journal: Path, scaled: bool) -> float:
@@ -169,32 +169,41 @@ def spread(journal: Path, scaled: bool) -> float:
 
 
 def equality(python: str, workload: Path, method: str, precision: str) -> dict[str, float]:
-    """Losses of two steps and gradients of the first, each of ours against TRL's, the largest differences. Ends the
-    comparison when they differ."""
+    """Losses of two steps and gradients of the first, of ours in each way against TRL's, the largest differences. Ends
+    the comparison when they differ."""
+    found = [differences(python, workload, method, precision, ())]
+    if prepares(method, precision):
+        found.append(differences(python, workload, method, precision, OPTIONS))
+    worst = {name: max(each[name] for each in found) for name in ("loss", "gradient")}
+    loss, gradient = LIMITS[precision]
+    if worst["loss"] > loss or worst["gradient"] > gradient:
+        raise SystemExit(f"{method}: the sides do not compute the same: {found}")
+    return {**worst, "tensors": min(each["tensors"] for each in found)}
+
+
+def differences(python: str, workload: Path, method: str, precision: str, options: Sequence[str]) -> dict[str, float]:
+    """Of our side with these options. What it draws, the other is given."""
     from safetensors.torch import load_file
 
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        mine, theirs = same_draws(workload, method, folder) if method in BETA else ([], [])
-        ways = [[*mine, f"optim.precision={precision}"]]
-        if prepares(method, precision):
-            ways.append([*ways[0], f"run.dir={folder}/again", *OPTIONS])
-        files = [folder / f"{name}.safetensors" for name in ("theirs", "ours", "again")]
-        own = [ours(workload, method, 2, str(file), *way) for file, way in zip(files[1:], ways, strict=False)]
-        other = peer(python, workload, method, 2, whole(method), str(files[0]), *theirs, f"precision={precision}")
-        for side in (*own, other):
+        journal = folder / "run" / "journal"
+        mine, theirs = same_reference(workload, method, folder) if method in BETA else ([], [])
+        mine = [*mine, f"run.dir={folder}/run", f"optim.precision={precision}", *options]
+        theirs = [*theirs, f"recorded={journal}"] if method in BETA else []
+        files = [str(folder / f"{name}.safetensors") for name in ("ours", "theirs")]
+        sides = (
+            ours(workload, method, 2, files[0], *mine),
+            peer(python, workload, method, 2, whole(method), files[1], *theirs, f"precision={precision}"),
+        )
+        for side in sides:
             with side:
                 side.train(2)
-        unit = spread(folder / "run" / "journal", method == "grpo") if method in BETA else 0.0
-        b = load_file(files[0])
-        each = [load_file(file) for file in files[1 : 1 + len(own)]]
-        off, tensors = [apart(a, b) for a in each], min(len(a.keys() & b.keys()) for a in each)
-    losses = [abs(x - y) / max(abs(y), unit) for side in own for x, y in zip(side.losses, other.losses, strict=True)]
-    found = {"loss": max(losses), "gradient": max(off), "tensors": tensors}
-    loss, gradient = LIMITS[precision]
-    if found["loss"] > loss or found["gradient"] > gradient:
-        raise SystemExit(f"{method}: the sides do not compute the same: {found}")
-    return found
+        unit = spread(journal, method == "grpo") if method in BETA else 0.0
+        a, b = map(load_file, files)
+        gradient, tensors = apart(a, b), len(a.keys() & b.keys())
+    losses = [abs(x - y) / max(abs(y), unit) for x, y in zip(*(side.losses for side in sides), strict=True)]
+    return {"loss": max(losses), "gradient": gradient, "tensors": tensors}
 
 
 def apart(a: dict[str, Any], b: dict[str, Any]) -> float:

@@ -74,7 +74,7 @@ class Shared(Slots):
         """Where the prompt of each slot stands."""
         self.size = [0] * slots
         """How many of its tokens the slot begins with."""
-        self.known: tuple[list[tuple[int, ...]], dict[int, Orders]] = [], {}
+        self.last: tuple[list[tuple[int, ...]], dict[int, Orders]] = [], {}
         """The pages of the rows of the last step, and their orders."""
 
     @staticmethod
@@ -127,12 +127,12 @@ class Shared(Slots):
 
     def _gathered(self, rows: int) -> tuple[list[tuple[int, ...]], dict[int, Orders]]:
         """The pages of these rows, moved to the first ones where less than half of those up to the last are theirs."""
-        if self.pages[:rows] != self.known[0]:
+        if self.pages[:rows] != self.last[0]:
             used = set(chain(*self.pages[:rows]))
             if 2 * len(used) <= max(used, default=-1):
                 self._move([*used])
-            self.known = self.pages[:rows], {}
-        return self.known
+            self.last = self.pages[:rows], {}
+        return self.last
 
     def _move(self, used: list[int]) -> None:
         """These pages to the first ones."""
