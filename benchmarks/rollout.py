@@ -5,14 +5,14 @@
 
 WORKLOAD is made by `compare/workload.py`. `generate` gets n copies of every prompt, padded on the left, and goes on
 until the longest completion ends. Greedy texts of both sides are compared first and must be equal. Then they draw in
-turn, each in a process of its own. *uneven*: an untrained model hardly ever ends by itself, so a constant is added
-to the end's logit on both sides that makes MEAN tokens the mean length, a geometric distribution cut at LONGEST.
-*equal*: no completion ends before EQUAL tokens. What counts are tokens of completions, with their end, without padding,
-by the clock and by the processor time of the process, which a busy machine disturbs less. Where all rows fit into the
-slots, every step reads every weight once: how many GB a second of them, at least, is told beside what copies move.
-With `--vllm` the other side is its CPU build, which continues the same prompts to the lengths that ours had drawn and
-tells the log-probability of each token, as ours always does; OUT keeps the rest. Ours takes part twice, as it is and
-with `rollout.compile`; vLLM compiled, as by default, and with `--eager` eager, too. Before the clock runs
+turn, each in a process of its own; all are in memory at once. *uneven*: an untrained model hardly ever ends by itself,
+so a constant is added to the end's logit on both sides that makes MEAN tokens the mean length, a geometric distribution
+cut at LONGEST. *equal*: no completion ends before EQUAL tokens. What counts are tokens of completions, with their end,
+without padding, by the clock and by the processor time of the process, which a busy machine disturbs less. Where all
+rows fit into the slots, every step reads every weight once: how many GB a second of them, at least, is told beside what
+copies move. With `--vllm` the other side is its CPU build, which continues the same prompts to the lengths that ours
+had drawn and tells the log-probability of each token, as ours always does; OUT keeps the rest. Ours takes part twice,
+as it is and with `rollout.compile`; vLLM compiled, as by default, and with `--eager` eager, too. Before the clock runs
 every side draws everything twice, as in a run that draws step after step: then all is compiled, and memory is there.
 """
 
@@ -27,7 +27,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -112,11 +112,11 @@ def work(options: argparse.Namespace) -> None:
     from prefopt.engine.ranks import Ranks
 
     side, kind = options.work
-    if side in OURS:
-        Ranks(options.device, options.threads)  # a run begins with it
     torch.set_num_threads(options.threads)
     device = torch.device(options.device)
     copied = copy_rate(device)
+    if side in OURS:
+        Ranks(options.device, options.threads)  # a run begins with it, and keeps what is freed from then on
     model: Any = replace(open_model(str(options.workload / "model"), device), compiled=side == COMPILED)
     greedy = kind == "greedy"
     prompts = read_prompts(options.workload, options.prompts, 1 if greedy else options.samples)
@@ -126,9 +126,9 @@ def work(options: argparse.Namespace) -> None:
     draw: Any = continuous if side in OURS else generate
     began = time.perf_counter()
     draw(model, prompts[:2], 2, greedy, *more)
-    answer(ready_seconds=time.perf_counter() - began, copy_gb_per_second=copied)
     if side == COMPILED and not Compiled.knows(model.network):
         raise SystemExit("the steps are not compiled")
+    answer(ready_seconds=time.perf_counter() - began, copy_gb_per_second=copied)
     weights = sum(p.numel() * p.element_size() for p in model.network.parameters())
     for _ in sys.stdin:
         began, busy = time.perf_counter(), time.process_time()
@@ -162,6 +162,10 @@ def copy_rate(device: torch.device) -> float:
             target.copy_(source)
         int(target[0])  # waits for the device
         taken.append(time.perf_counter() - began)
+    del source, target
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
     return 2 * COPIED * COPIES / min(taken) / 1e9
 
 
@@ -184,13 +188,15 @@ class Side:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.process.stdin.close()
+        with suppress(BrokenPipeError):
+            self.process.stdin.close()
         self.process.wait()
 
     def draw(self, drawn: dict[str, Any]) -> dict[str, Any]:
         """What a drawing takes; vLLM continues prompts to the lengths of another that is told."""
-        self.process.stdin.write(json.dumps(drawn if self.name in THEIRS else None) + "\n")
-        self.process.stdin.flush()
+        with suppress(BrokenPipeError):  # then there is no answer
+            self.process.stdin.write(json.dumps(drawn if self.name in THEIRS else None) + "\n")
+            self.process.stdin.flush()
         return self._answer()
 
     def _answer(self) -> dict[str, Any]:
@@ -219,7 +225,8 @@ def in_turn(options: argparse.Namespace, kind: str, names: Sequence[str]) -> dic
         sides = [stack.enter_context(Side(options, name, kind)) for name in names]
         drawn: dict[str, Any] = {}
         for turn in range(BEFORE + options.blocks):
-            for side in sides if turn % 2 == 0 else sides[::-1]:
+            first = turn % len(sides)
+            for side in (*sides[first:], *sides[:first]):
                 found = side.draw(drawn)
                 drawn = found.pop("drawn", drawn)
                 if turn >= BEFORE:
@@ -280,7 +287,10 @@ def main() -> None:
         parser.error("--vllm is its CPU build: leave --device out")
     if options.eager and not options.vllm:
         parser.error("--eager is for --vllm")
+    from prefopt.bench.report import commit_of
+
     settings = {"mean": MEAN, "longest": LONGEST, "equal": EQUAL, "before": BEFORE}
+    settings |= {"blocks": options.blocks, "commit": commit_of()[:7]}
     settings |= {name: getattr(options, name) for name in (*SIZES, "device")} | {"torch": torch.__version__}
     found = json.loads(options.out.read_text("utf-8")) if options.out.exists() else {}
     if options.vllm:

@@ -2,7 +2,7 @@
 the attention of transformers; no architecture.
 
 With few rows, most of the time of a product is spent on reading the matrix in an order that suits the processor badly:
-here oneDNN packs each matrix once, for as long as rows are drawn. What rows share of a prompt is read once for all.
+here oneDNN packs each matrix once, for as long as rows are drawn. What rows share of a prompt is read for many at once.
 """
 
 from __future__ import annotations
@@ -64,8 +64,7 @@ class Step:
         return self.biases[id(mask)][1]
 
     def scores(self, query: Tensor) -> Tensor:
-        """Of each row's query [n, K, g, D] with the keys on its pages, each of which is read once for all its rows;
-        [n, K, g, longest]."""
+        """Of each row's query [n, K, g, D] with the keys on its pages; [n, K, g, longest]."""
         n, heads, queries, size = query.shape
         orders, keys = self._read(0, heads)
         asked = query.flatten(0, 1).index_select(0, orders.rows).view(len(keys), -1, size)

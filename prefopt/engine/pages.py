@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from itertools import chain
 from typing import NamedTuple
@@ -11,8 +12,8 @@ from torch import Tensor
 
 PAGE = 32
 """Tokens of a prompt that stand together."""
-SKEW = 2
-"""A page is read once more for each so many times the mean number of rows that it has."""
+SKEW = 4
+"""A page with more rows than so many times their mean number, rounded up, is read again for the rest."""
 Pairs = list[list[tuple[int, int]]]
 
 
@@ -28,7 +29,7 @@ class Orders(NamedTuple):
     """For the same: the page of the row's head, among [n, K, most]."""
     back: Tensor
     """For each of `most` pages of each row's head: where it is among those of readings. The first one stands for those
-    that the row does not have."""
+    that the row does not have, and any for a row without pages."""
     own: Tensor
     """The same, for those that it has."""
     starts: Tensor
@@ -46,7 +47,7 @@ class Orders(NamedTuple):
         has = (torch.arange(most) < sizes[:, None])[:, None].expand(-1, heads, -1)
         ends = sizes.repeat_interleave(heads).cumsum(0)
         starts = torch.cat([ends.new_zeros(1), ends[:-1]])
-        again = torch.tensor(numbers) if len(numbers) > len({*numbers}) else None
+        again = None if numbers == list(range(len(numbers))) else torch.tensor(numbers)
         return cls(again, rows.flatten(), (rows * most + which).flatten(), back.flatten(), back[has], starts)
 
 
@@ -57,10 +58,10 @@ def _readings(pages: Sequence[Sequence[int]]) -> tuple[list[int], Pairs, Pairs]:
     >>> _readings([(0,), (0, 2)])
     ([0, 1, 2], [[(0, 0), (1, 0)], [], [(1, 1)]], [[(0, 0)], [(0, 1), (2, 0)]])
     """
-    used = set(chain(*pages))
-    numbers = list(range(1 + max(used)))
-    limit = SKEW * -(-sum(map(len, pages)) // len(used))
-    last = numbers.copy()
+    rows = Counter(chain(*pages))
+    limit = SKEW * -(-rows.total() // len(rows))
+    numbers = list(range(1 + max(rows))) if max(rows.values()) <= limit else sorted(rows)
+    last = {page: i for i, page in enumerate(numbers)}
     here: Pairs = [[] for _ in numbers]
     there: Pairs = []
     for row, own in enumerate(pages):

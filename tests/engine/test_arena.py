@@ -220,8 +220,10 @@ def test_adapters_are_off_while_prompts_are_read_and_rows_advanced(tiny_model, m
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2", "mistral"])
 @pytest.mark.usefixtures("pages_of_two")
 def test_every_shortcut_draws_the_text_of_the_plain_sampler(tmp_path, family, monkeypatch):
-    """Every matrix packed and every prompt in one place, while rows end and others begin."""
+    """Every matrix packed and every prompt in one place, while rows end and others begin. A page with more rows than
+    the mean is read again for the rest."""
     monkeypatch.setattr(fewrows, "LEAST", 1)
+    monkeypatch.setattr(pages, "SKEW", 1)
     used = []
     monkeypatch.setattr(FewRows, "of", lambda self, step, of=FewRows.of: (used.append((self, step)), of(self, step))[1])
     build_tiny(tmp_path / family, model_type=family)
@@ -234,6 +236,7 @@ def test_every_shortcut_draws_the_text_of_the_plain_sampler(tmp_path, family, mo
     assert found == expected
     assert len({len(ids) for ids in found}) > 1
     assert max(step.pages.count(pages) for _, step in used for pages in step.pages if len(pages) > 1) >= 4
+    assert {orders.pages is None for _, step in used for orders in step.orders.values()} == {True, False}
     assert all(mode.products for mode, _ in used)
     assert all(product.packed is not None for mode, _ in used for product in mode.products)
 
@@ -284,7 +287,7 @@ def test_a_model_with_attention_of_its_own_is_drawn_in_slots(tiny_model):
 @pytest.mark.usefixtures("pages_of_two")
 def test_pages_that_move_and_become_more_are_found_again(tiny_model):
     network = AutoModelForCausalLM.from_pretrained(tiny_model)
-    slots = Shared(network, 3, 9, 5)
+    slots = Shared(network, 3, 9, 6)
     rows = [[9, 8, 7, 6, 5], [*range(5, 14)], [6, 7, 8]]
     slots.read([tuple(rows[i]) for i in (1, 2, 0)], [1, 2, 0])
 
@@ -305,7 +308,11 @@ def test_pages_that_move_and_become_more_are_found_again(tiny_model):
     slots.read([tuple(rows[2])], [2])
     assert slots.pages == [(0, 1, 2), (7, 8, 9, 3, 4), (5, 6, 10, 11)]
     step(3)
+    indices = slots.last[1]
+    step(3)
+    assert slots.last[1] is indices
     step(1)
+    assert slots.last[1] is not indices
     step(3)
 
 
