@@ -109,11 +109,11 @@ def outcome(scorer: Scorer, want: str) -> dict[str, torch.Tensor]:
 
 
 def close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    """Each to 1e-6 of its largest number, or of 1."""
+    """Each to 3e-6 of its largest number, or of 1: processors sum in different orders."""
     assert found.keys() == expected.keys()
     for name, plain in expected.items():
         size = max(1.0, float(plain.abs().max()))
-        torch.testing.assert_close(found[name], plain, atol=1e-6 * size, rtol=1e-5)
+        torch.testing.assert_close(found[name], plain, atol=3e-6 * size, rtol=1e-5)
 
 
 def adapted(path: Path) -> torch.nn.Module:
