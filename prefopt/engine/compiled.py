@@ -63,8 +63,8 @@ _arena: ContextVar[Compiled] = ContextVar("arena")
 
 class Compiled(Shared):
     """Implements `prefopt.sampling.Arena` with compiled steps, but for the first of each arena, which finds out about
-    its products. A single row is there twice between products and attention, also for a model
-    that counts rows: PyTorch would compile it once more."""
+    its products. A single row is there twice between products and attention, also for a model that counts rows: PyTorch
+    would compile it once more."""
 
     program: Program | None = None
     given: List[Tensor | None] = ()

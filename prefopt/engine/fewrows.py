@@ -69,7 +69,10 @@ class Step:
         orders, keys = self._read(0, heads)
         asked = query.flatten(0, 1).index_select(0, orders.rows).view(len(keys), -1, size)
         found = torch.bmm(asked, keys).view(-1, queries, PAGE).index_select(0, orders.back)
-        return found.view(n, heads, -1, queries, PAGE).transpose(2, 3).reshape(n, heads, queries, -1)
+        found = found.view(n, heads, -1, queries, PAGE).transpose(2, 3).reshape(n, heads, queries, -1)
+        if orders.without is not None:
+            found[orders.without] = 0  # what stands there is of others, and may be no number
+        return found
 
     def sums(self, weights: Tensor) -> Tensor:
         """Of the values on each row's pages, with weights [n, K, g, longest]; [n, K, g, D]."""

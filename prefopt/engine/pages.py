@@ -30,6 +30,8 @@ class Orders(NamedTuple):
     back: Tensor
     """For each of `most` pages of each row's head: where it is among those of readings. The first one stands for those
     that the row does not have, and any for a row without pages."""
+    without: Tensor | None
+    """The rows without pages; None where there are none."""
     own: Tensor
     """The same, for those that it has."""
     starts: Tensor
@@ -48,7 +50,8 @@ class Orders(NamedTuple):
         ends = sizes.repeat_interleave(heads).cumsum(0)
         starts = torch.cat([ends.new_zeros(1), ends[:-1]])
         again = None if numbers == list(range(len(numbers))) else torch.tensor(numbers)
-        return cls(again, rows.flatten(), (rows * most + which).flatten(), back.flatten(), back[has], starts)
+        without = None if sizes.all() else (sizes == 0).nonzero().flatten()
+        return cls(again, rows.flatten(), (rows * most + which).flatten(), back.flatten(), without, back[has], starts)
 
 
 def _readings(pages: Sequence[Sequence[int]]) -> tuple[list[int], Pairs, Pairs]:

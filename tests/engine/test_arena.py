@@ -317,15 +317,16 @@ def test_pages_that_move_and_become_more_are_found_again(tiny_model):
 
 
 @pytest.mark.usefixtures("pages_of_two")
-def test_a_prompt_whose_keys_are_no_numbers_spoils_its_own_rows_alone(tiny_model):
+def test_a_prompt_of_what_is_no_number_spoils_its_own_rows_alone(tiny_model):
     network = AutoModelForCausalLM.from_pretrained(tiny_model)
-    slots = Shared(network, 3, 9, 4)
-    slots.read([(5,), (6,), (7, 8, 9, 10, 11)], [0, 1, 2])
+    slots = Shared(network, 4, 9, 4)
+    slots.read([(5,), (6,), (7, 8, 9, 10, 11), ()], [0, 1, 2, 3])
     for layer in slots.layers:
-        layer.prompts[0][slots.pages[0][0]] = torch.nan
-    found = slots.advance(torch.tensor([4, 5, 6]), torch.tensor([1, 1, 5]), 6)
+        for x in layer.prompts:
+            x[slots.pages[0][0]] = torch.nan
+    found = slots.advance(torch.tensor([4, 5, 6, 7]), torch.tensor([1, 1, 5, 0]), 6)
     assert found[0].isnan().all()
-    for logits, row in zip(found[1:], ([6, 5], [7, 8, 9, 10, 11, 6]), strict=True):
+    for logits, row in zip(found[1:], ([6, 5], [7, 8, 9, 10, 11, 6], [7]), strict=True):
         with torch.no_grad():
             assert torch.allclose(logits, network(torch.tensor([row])).logits[0, -1], atol=1e-5)
 

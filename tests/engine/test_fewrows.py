@@ -254,6 +254,7 @@ def test_rows_that_share_pages_of_a_prompt_read_them_there(keys, skew, monkeypat
     (orders,) = step.orders.values()
     assert (orders.pages is None) == (skew == 4)
     assert skew == 4 or orders.pages.tolist() == [1, 2, 3, 3]
+    assert len(orders.rows) == keys * 4 * (3 if skew == 4 else 2)  # four readings, each with as many rows as any
 
 
 class Module(nn.Module):
