@@ -23,7 +23,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.modeling_utils import AttentionInterface
 
-from prefopt.engine.fewrows import Product, attention, usual
+from prefopt.engine.fewrows import Product, usual
+from prefopt.engine.kernel import attend
 from prefopt.engine.shared import Shared
 from prefopt.engine.shortrows import Asked
 from prefopt.engine.slots import forward
@@ -257,7 +258,7 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, layer: i
     step = arena.few_rows.step if arena.few_rows is not None else None
     if step is None or not step.knows(asked):
         raise NotImplementedError("its attention is not that of rows in progress")
-    return arena.again(attention(asked, step).transpose(1, 2).contiguous())
+    return arena.again(attend(asked, step).transpose(1, 2).contiguous())
 
 
 def _attention_like(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, layer: int, scaling: float) -> Tensor:

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
-from functools import lru_cache, partial
-from itertools import chain
+from functools import cached_property, lru_cache, partial
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding_bag
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
-from prefopt.engine.pages import PAGE, Orders
+from prefopt.engine.pages import PAGE, Orders, Sharing
 from prefopt.engine.shortrows import Asked
 
 LEAST = 1 << 16
@@ -32,27 +31,28 @@ UNKNOWN = ("position_bias", "softcap", "cache")
 
 
 class Step:
-    """A step of some rows, one token each. Of keys and values every row has `width` of its own, and sees some of the
-    `longest` on its pages: a mask says which, [rows, 1, 1, longest + width]."""
+    """A step of some rows, one token each. Of keys and values each has some of its own, up to `width`, and sees some of
+    the `longest` on its pages: a mask says which, [rows, 1, 1, longest + width]."""
 
-    def __init__(self, pages: Sequence[Sequence[int]], width: int, orders: dict[int, Orders] | None = None) -> None:
-        """`pages` of each row, with PAGE tokens of its prompt each; none for a row without a prompt. `orders` are those
-        of a step with the same, by number of heads."""
-        self.pages, self.width = pages, width
-        self.longest = PAGE * max(map(len, pages))
-        self.end = 1 + max(chain(*pages), default=-1)
-        """Pages from here on are nobody's."""
+    def __init__(self, sharing: Sharing, own: Sequence[int]) -> None:
+        """How many tokens each row has of its own, with that of the step."""
+        self.sharing, self.own, self.width = sharing, own, max(own)
+        self.longest = sharing.longest
         self.prompts: Sequence[Tensor] = ()
         """Of the layer in progress, its pages: keys [end or more, K, D, PAGE], values [end or more, K, PAGE, D]."""
-        self.orders: dict[int, Orders] = {} if orders is None else orders
         self.biases: dict[int, tuple[Tensor, Tensor]] = {}
+
+    @cached_property
+    def counts(self) -> Tensor:
+        """The same as `own`, in int32."""
+        return torch.tensor(self.own, dtype=torch.int32)
 
     def knows(self, asked: Asked) -> bool:
         """Whether this is the attention of these rows, one token each, under a mask of bits for all heads."""
         mask, (n, heads, tokens, _) = asked.attn_mask, asked.query.shape
         if mask is None or mask.dtype != torch.bool or not asked.plain or tokens != 1:
             return False
-        fits = n == len(self.pages) and asked.key.shape[2] == self.width and heads % asked.key.shape[1] == 0
+        fits = n == len(self.own) and asked.key.shape[2] == self.width and heads % asked.key.shape[1] == 0
         return fits and mask.shape == (n, 1, 1, self.longest + self.width)
 
     def bias(self, mask: Tensor) -> Tensor:
@@ -85,10 +85,10 @@ class Step:
 
     def _read(self, which: int, heads: int) -> tuple[Orders, Tensor]:
         """Keys or values of the pages that are read, [readings * K, ...]."""
-        if heads not in self.orders:
-            self.orders[heads] = Orders.of(self.pages, heads)
-        orders, x = self.orders[heads], self.prompts[which]
-        return orders, (x[: self.end] if orders.pages is None else x.index_select(0, orders.pages)).flatten(0, 1)
+        orders, x = self.sharing.orders(heads), self.prompts[which]
+        return orders, (x[: self.sharing.end] if orders.pages is None else x.index_select(0, orders.pages)).flatten(
+            0, 1
+        )
 
 
 _product: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)

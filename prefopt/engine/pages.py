@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from itertools import chain
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from itertools import accumulate, chain
 from typing import NamedTuple
 
 import torch
@@ -14,7 +15,57 @@ PAGE = 32
 """Tokens of a prompt that stand together."""
 SKEW = 4
 """A page with more rows than so many times their mean number, rounded up, is read again for the rest."""
+TOGETHER = 16
+"""The most rows of a group."""
 Pairs = list[list[tuple[int, int]]]
+
+
+class Sharing:
+    """The pages of rows, with PAGE tokens of its prompt each, none for a row without a prompt; and what is found out
+    about them, once."""
+
+    def __init__(self, rows: Sequence[tuple[int, ...]]) -> None:
+        self.rows = rows
+        self.longest = PAGE * max(map(len, rows))
+        """Tokens on the pages of the row that has most."""
+        self.end = 1 + max(chain(*rows), default=-1)
+        """Pages from here on are nobody's."""
+        self.known: dict[int, Orders] = {}
+
+    def orders(self, heads: int) -> Orders:
+        """For that many heads with keys."""
+        if heads not in self.known:
+            self.known[heads] = Orders.of(self.rows, heads)
+        return self.known[heads]
+
+    @cached_property
+    def groups(self) -> Groups:
+        return Groups.of(self.rows)
+
+
+class Groups(NamedTuple):
+    """Rows with the same pages, up to TOGETHER: what each group has, one after the other, and where it begins, with the
+    end of the last; in int32."""
+
+    rows: Tensor
+    row_starts: Tensor
+    pages: Tensor
+    page_starts: Tensor
+
+    @classmethod
+    def of(cls, pages: Sequence[tuple[int, ...]]) -> Groups:
+        """For rows with these pages."""
+        same: dict[tuple[int, ...], list[int]] = {}
+        for row, own in enumerate(pages):
+            same.setdefault(own, []).append(row)
+        cuts = [(own, rows[i : i + TOGETHER]) for own, rows in same.items() for i in range(0, len(rows), TOGETHER)]
+        return cls(*_joined([rows for _, rows in cuts]), *_joined([own for own, _ in cuts]))
+
+
+def _joined(lists: Sequence[Sequence[int]]) -> Iterable[Tensor]:
+    """One after the other, and where each begins, with the end of the last."""
+    for numbers in (chain(*lists), accumulate(map(len, lists), initial=0)):
+        yield torch.tensor([*numbers], dtype=torch.int32)
 
 
 class Orders(NamedTuple):

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from prefopt.engine.fewrows import Step, able
-from prefopt.engine.pages import PAGE, Orders
+from prefopt.engine.pages import PAGE, Sharing
 from prefopt.engine.slots import Columns, Layer, Rows, Slots, parts
 
 NOWHERE = 1 << 40
@@ -74,8 +74,8 @@ class Shared(Slots):
         """Where the prompt of each slot stands."""
         self.size = [0] * slots
         """How many of its tokens the slot begins with."""
-        self.last: tuple[list[tuple[int, ...]], dict[int, Orders]] = [], {}
-        """The pages of the rows of the last step, and their orders."""
+        self.sharing: Sharing | None = None
+        """Of the rows of the last step."""
 
     @staticmethod
     def serves(network: Any) -> bool:
@@ -113,8 +113,7 @@ class Shared(Slots):
             self._cut(slot, position)
         sizes = self.size[: len(known)]
         columns = [position - size for position, size in zip(known, sizes, strict=True)]
-        pages, orders = self._gathered(len(known))
-        step = Step(pages, 1 + max(columns), orders)
+        step = Step(self._gathered(len(known)), [column + 1 for column in columns])
         self._pass("extend", *_target(columns), step.width, step)
         assert self.few_rows is not None
         with self.few_rows.of(step):
@@ -125,14 +124,14 @@ class Shared(Slots):
         if length < self.size[slot]:
             self.pages[slot], self.size[slot] = self.pages[slot][: _pages_of(length)], length
 
-    def _gathered(self, rows: int) -> tuple[list[tuple[int, ...]], dict[int, Orders]]:
+    def _gathered(self, rows: int) -> Sharing:
         """The pages of these rows, moved to the first ones where less than half of those up to the last are theirs."""
-        if self.pages[:rows] != self.last[0]:
+        if self.sharing is None or self.pages[:rows] != self.sharing.rows:
             used = set(chain(*self.pages[:rows]))
             if 2 * len(used) <= max(used, default=-1):
                 self._move([*used])
-            self.last = self.pages[:rows], {}
-        return self.last
+            self.sharing = Sharing(self.pages[:rows])
+        return self.sharing
 
     def _move(self, used: list[int]) -> None:
         """These pages to the first ones."""

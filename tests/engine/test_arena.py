@@ -13,7 +13,7 @@ from prefopt.api import Request
 from prefopt.builtin.continuous import Continuous
 from prefopt.builtin.samplers import Plain
 from prefopt.config import LoraConfig, ModelConfig
-from prefopt.engine import fewrows, pages, shared
+from prefopt.engine import fewrows, kernel, pages, shared
 from prefopt.engine.arena import Apart, arena, disagreement
 from prefopt.engine.fewrows import FewRows
 from prefopt.engine.lora import Without
@@ -130,7 +130,7 @@ def test_a_model_that_refuses_is_drawn_row_by_row(tiny_model):
 
 @pytest.fixture
 def pages_of_two(monkeypatch):
-    for module in (fewrows, pages, shared):
+    for module in (fewrows, kernel, pages, shared):
         monkeypatch.setattr(module, "PAGE", 2)
 
 
@@ -235,8 +235,8 @@ def test_every_shortcut_draws_the_text_of_the_plain_sampler(tmp_path, family, mo
     )
     assert found == expected
     assert len({len(ids) for ids in found}) > 1
-    assert max(step.pages.count(pages) for _, step in used for pages in step.pages if len(pages) > 1) >= 4
-    assert {orders.pages is None for _, step in used for orders in step.orders.values()} == {True, False}
+    assert max(step.sharing.rows.count(pages) for _, step in used for pages in step.sharing.rows if len(pages) > 1) >= 4
+    assert {orders.pages is None for _, step in used for orders in step.sharing.known.values()} == {True, False}
     assert all(mode.products for mode, _ in used)
     assert all(product.packed is not None for mode, _ in used for product in mode.products)
 
@@ -308,11 +308,11 @@ def test_pages_that_move_and_become_more_are_found_again(tiny_model):
     slots.read([tuple(rows[2])], [2])
     assert slots.pages == [(0, 1, 2), (7, 8, 9, 3, 4), (5, 6, 10, 11)]
     step(3)
-    indices = slots.last[1]
+    sharing = slots.sharing
     step(3)
-    assert slots.last[1] is indices
+    assert slots.sharing is sharing
     step(1)
-    assert slots.last[1] is not indices
+    assert slots.sharing is not sharing
     step(3)
 
 

@@ -271,7 +271,7 @@ def test_a_network_that_has_changed_its_form_is_drawn_from_as_before(tiny_model,
 @pytest.mark.parametrize("wrong", ["attention", "single rows"])
 def test_steps_that_give_other_numbers_are_not_used(tiny_model, monkeypatch, wrong):
     if wrong == "attention":
-        monkeypatch.setattr(compiled, "attention", lambda asked, step: torch.zeros_like(asked.query))
+        monkeypatch.setattr(compiled, "attend", lambda asked, step: torch.zeros_like(asked.query))
     else:
         once = Compiled.once
         monkeypatch.setattr(

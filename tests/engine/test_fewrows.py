@@ -11,6 +11,7 @@ from torch import nn
 from prefopt.engine import fewrows
 from prefopt.engine import pages as pages_
 from prefopt.engine.fewrows import LEAST, NAME, FewRows, Step, able
+from prefopt.engine.pages import Sharing
 
 WIDE, HIGH = 96, 1000
 needs_packing = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this PyTorch is without oneDNN")
@@ -130,7 +131,7 @@ def test_layers_are_themselves_again_afterwards():
     mode = FewRows(network)
 
     def fails():
-        with mode.of(Step([()], 1)):
+        with mode.of(Step(Sharing([()]), [1])):
             layer(x)
             told.append(network.text._attn_implementation)
             raise KeyError
@@ -153,7 +154,7 @@ def test_a_matrix_that_cannot_be_packed_leaves_nothing_behind(monkeypatch):
     with mode:
         layer(x)
     monkeypatch.setattr(mode.products[0], "ready", lambda: 1 / 0)
-    with pytest.raises(ZeroDivisionError), mode.of(Step([()], 1)):
+    with pytest.raises(ZeroDivisionError), mode.of(Step(Sharing([()]), [1])):
         raise AssertionError
     assert "forward" not in vars(layer)
     assert network.text._attn_implementation == "sdpa"
@@ -225,7 +226,7 @@ def test_attention_of_one_token_a_row_is_that_of_the_formula(keys, scale, monkey
     query, key, value = numbers(n, heads, 1, size), numbers(n, keys, width, size), numbers(n, keys, width, size + 1)
     visible = (torch.arange(width) <= torch.tensor([2, 8, 5])[:, None])[:, None, None]
     monkeypatch.setattr(fewrows, "ALL_ATTENTION_FUNCTIONS", None)
-    found = attend(query, key, value, visible, Step([()] * n, width), scaling=scale)
+    found = attend(query, key, value, visible, Step(Sharing([()] * n), [width] * n), scaling=scale)
     expected = attention(query, key, value, visible, scale or size**-0.5)
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
 
@@ -237,7 +238,8 @@ def test_rows_that_share_pages_of_a_prompt_read_them_there(keys, skew, monkeypat
     some from row 4, row 3 begins with a part of page 3, and row 2 has no prompt. Page 3 has more rows than the mean of
     two."""
     monkeypatch.setattr(pages_, "SKEW", skew)
-    monkeypatch.setattr(fewrows, "PAGE", 4)
+    for module in (fewrows, pages_):
+        monkeypatch.setattr(module, "PAGE", 4)
     pages, rows, heads, size, longest, width = [(2,), (3, 1), (), (3,), (3, 1)], 5, 4, 6, 8, 3
     query = numbers(rows, heads, 1, size)
     own = [numbers(rows, keys, width + i, size + i)[:, :, :width] for i in range(2)]
@@ -248,10 +250,10 @@ def test_rows_that_share_pages_of_a_prompt_read_them_there(keys, skew, monkeypat
     visible = torch.cat([seen, after], 1)[:, None, None]
     begun = [torch.stack([p[[*numbers, 0, 0][:2]].transpose(0, 1).flatten(1, 2) for numbers in pages]) for p in prompts]
     whole = [torch.cat(pair, 2) for pair in zip(begun, own, strict=True)]
-    step = Step(pages, width)
+    step = Step(Sharing(pages), [width] * rows)
     found = attend(query, *own, visible, step, [prompts[0].transpose(2, 3), prompts[1]])
     torch.testing.assert_close(found, attention(query, *whole, visible, size**-0.5), atol=1e-6, rtol=1e-5)
-    (orders,) = step.orders.values()
+    (orders,) = step.sharing.known.values()
     assert (orders.pages is None) == (skew == 4)
     assert skew == 4 or orders.pages.tolist() == [1, 2, 3, 3]
     assert len(orders.rows) == keys * 4 * (3 if skew == 4 else 2)  # four readings, each with as many rows as any
@@ -281,7 +283,7 @@ def test_attention_of_other_rows_or_tokens_is_not_taken_over(rows, width, tokens
     mask = torch.ones(rows, 1, tokens, width, dtype=torch.bool)
     given = {name: torch.zeros(rows, 2, tokens, width) for name in more}
     expected = torch.nn.functional.scaled_dot_product_attention(query, key, key)
-    with torch.no_grad(), FewRows(Network()).of(Step([()] * 3, 7)):
+    with torch.no_grad(), FewRows(Network()).of(Step(Sharing([()] * 3), [7] * 3)):
         found = fewrows._attend(Module(), query, key, key, mask, **given)[0]
     torch.testing.assert_close(found.transpose(1, 2), expected)
     assert fewrows._step.get() is None
