@@ -1,7 +1,8 @@
 // Attention of rows in progress, one token each, in float32. They see pages of PAGE tokens, which several rows may
 // share, and tokens of their own. Heads have SIZE numbers. Both are defined by who compiles this.
 
-#include <ATen/cpu/vec/functional_base.h>
+#include <torch/csrc/inductor/cpp_prefix.h>
+#include <ATen/cpu/vec/functional.h>
 
 #include <algorithm>
 #include <cmath>
