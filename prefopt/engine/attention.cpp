@@ -11,7 +11,7 @@
 #include <type_traits>
 #include <vector>
 
-// What is called with; `kernel.py` has the same. G queries share the keys of each of K heads.
+// What is called with; `kernels.py` has the same. G queries share the keys of each of K heads.
 struct Call {
   const float* query;                     // [n, K, G, SIZE]
   const float *keys, *values;             // [n, K, T, SIZE], from row to row and from head to head in steps of:

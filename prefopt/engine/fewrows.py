@@ -143,12 +143,15 @@ class Product:
     def whole(self, input: Tensor, rows: int | None = None) -> Tensor:
         """What all its layers make of the input [..., in], one beside the other. Of the first rows is told, or of
         all."""
-        found: Tensor = _product(input, self.packed, self.bias, "none", [], "")
+        found = self.compute(input)
         if self.heard is not None:
             marked, told = marks(input[:rows]), found if rows in (None, len(found)) else found[:rows].clone()
             for layer, output in zip(self.layers, told.split_with_sizes(self.sizes, -1), strict=True):
                 self.heard(layer.weight, marked, output)
         return found
+
+    def compute(self, input: Tensor) -> Tensor:
+        return _product(input, self.packed, self.bias, "none", [], "")  # type: ignore[no-any-return]
 
 
 def marks(given: Tensor) -> Tensor:
@@ -175,6 +178,9 @@ class FewRows:
     """Within it, the network's linear layers are computed from packed matrices and the attention of single tokens as
     whole products, both in float32: the same numbers up to rounding, which nothing can be derived from. The first step
     watches which layers are given the same input. Meanwhile the network is for one thread alone."""
+
+    kind: type[Product] = Product
+    """Of the products that are made."""
 
     def __init__(self, network: Any) -> None:
         self.config = network.config.get_text_config()
@@ -211,7 +217,7 @@ class FewRows:
             self.config._attn_implementation, self.step = self.usual, None
         _step.reset(self.told)
         if self.seen and error is None:
-            self.products = [Product(layers) for layers in _together(self.seen)]
+            self.products = [self.kind(layers) for layers in _together(self.seen)]
             self.forwards = [
                 (vars(layer), partial(product, place))
                 for product in self.products

@@ -13,7 +13,7 @@ from prefopt.api import Request
 from prefopt.builtin.continuous import Continuous
 from prefopt.builtin.samplers import Plain
 from prefopt.config import LoraConfig, ModelConfig
-from prefopt.engine import fewrows, kernel, pages, shared
+from prefopt.engine import fewrows, kernels, pages, shared
 from prefopt.engine.arena import Apart, arena, disagreement
 from prefopt.engine.fewrows import FewRows
 from prefopt.engine.lora import Without
@@ -130,7 +130,7 @@ def test_a_model_that_refuses_is_drawn_row_by_row(tiny_model):
 
 @pytest.fixture
 def pages_of_two(monkeypatch):
-    for module in (fewrows, kernel, pages, shared):
+    for module in (fewrows, kernels, pages, shared):
         monkeypatch.setattr(module, "PAGE", 2)
 
 

@@ -1,12 +1,13 @@
-"""Attention of rows in progress by a kernel of our own, `attention.cpp`: each page of a prompt is read once for all
-rows that have it, each row's own tokens as far as there are any. Knows what a step knows; no model.
+"""Kernels of our own for rows in progress on a CPU, in C++. `attention.cpp` reads each page of a prompt once for all
+rows that have it, and of each row's own tokens as many as there are; `product.cpp` computes products of very few rows.
+Knows what a step and its products know; no model.
 
-It is compiled for a size of heads when it is first wanted, by the compiler that PyTorch's compiler uses.
+They are compiled when they are first wanted, by the compiler that PyTorch's compiler uses.
 """
 
 from __future__ import annotations
 
-from ctypes import POINTER, Structure, byref, c_double, c_int64, c_void_p
+from ctypes import CDLL, Structure, byref, c_double, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prefopt.engine.fewrows import Step, attention
+from prefopt.engine.fewrows import Product, Step, attention
 from prefopt.engine.pages import PAGE
 from prefopt.engine.shortrows import Asked
 
-SOURCE = Path(__file__).with_name("attention.cpp")
+FEWEST = 4
+"""Rows up to which memory is what a product waits for, however it is computed."""
 
 
 class Call(Structure):
@@ -70,15 +72,41 @@ def attend(asked: Asked, step: Step) -> Tensor:
         queries=heads // kinds,
         scale=asked.factor,
     )
-    _kernel(size, PAGE)(byref(call))
+    _attention(size, PAGE)(byref(call))
     return out
 
 
+class Unpacked(Product):
+    """Takes the matrices as they are for up to FEWEST rows, which is as fast as memory gives them."""
+
+    def compute(self, input: Tensor) -> Tensor:
+        rows, weights = input.numel() // input.shape[-1], [layer.weight for layer in self.layers]
+        if rows > FEWEST or not all(weight.is_contiguous() for weight in weights):
+            return super().compute(input)
+        given, out, done = input.contiguous(), input.new_empty(*input.shape[:-1], sum(self.sizes)), 0
+        for weight in weights:
+            place = out.data_ptr() + done * out.itemsize
+            _product()(given.data_ptr(), weight.data_ptr(), place, rows, input.shape[-1], len(weight), out.shape[-1])
+            done += len(weight)
+        return out if self.bias is None else out.add_(self.bias)
+
+
 @cache
-def _kernel(size: int, page: int) -> Any:
+def _attention(size: int, page: int) -> Any:
     """For heads of that size, and pages of that many tokens."""
+    return _compiled("attention", f"#define SIZE {size}\n#define PAGE {page}\n").attend
+
+
+@cache
+def _product() -> Any:
+    found = _compiled("product").product
+    found.argtypes = [c_void_p] * 3 + [c_int64] * 4
+    return found
+
+
+def _compiled(name: str, before: str = "") -> CDLL:
+    """What is in the file of that name, with something before it. Kept on disk by PyTorch's compiler."""
     from torch._inductor.codecache import CppCodeCache  # takes seconds to import
 
-    library = CppCodeCache.load(f"#define SIZE {size}\n#define PAGE {page}\n{SOURCE.read_text('utf-8')}")
-    library.attend.argtypes, library.attend.restype = [POINTER(Call)], None
-    return library.attend
+    source = Path(__file__).with_name(f"{name}.cpp").read_text("utf-8")
+    return CppCodeCache.load(before + source)  # type: ignore[no-any-return]

@@ -1,13 +1,14 @@
-"""The kernel of attention against the formula in float64, and against attention written out."""
+"""Kernels against formulas in float64."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
-from prefopt.engine import fewrows, kernel, pages
+from prefopt.engine import fewrows, kernels, pages
 from prefopt.engine.fewrows import Step
-from prefopt.engine.kernel import attend
+from prefopt.engine.kernels import FEWEST, Unpacked, attend
 from prefopt.engine.pages import Groups, Sharing
 from prefopt.engine.shortrows import Asked
 
@@ -16,12 +17,12 @@ PROMPTS = [(2,), (3, 1), (), (3,), (3, 1), (4, 0, 2)]
 ROOM = 21
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def compilings(monkeypatch):
     """What was compiled while the test ran, or before."""
     found = []
-    compiled = kernel._kernel
-    monkeypatch.setattr(kernel, "_kernel", lambda *told: (found.append(told), compiled(*told))[1])
+    compiled = kernels._attention
+    monkeypatch.setattr(kernels, "_attention", lambda *told: (found.append(told), compiled(*told))[1])
     return found
 
 
@@ -69,7 +70,7 @@ def by_the_formula(told: Asked, step: Step) -> torch.Tensor:
 def test_rows_see_their_pages_and_their_own_tokens(size, page, heads, hidden, monkeypatch, compilings):
     """Sizes of heads that a processor takes several numbers of at a time, and not; groups of four queries, and of what
     is left; every row alone, and rows together."""
-    for module in (fewrows, kernel, pages):
+    for module in (fewrows, kernels, pages):
         monkeypatch.setattr(module, "PAGE", page)
     rows = [PROMPTS[i % 6] for i in range(19)] + [PROMPTS[1]] * 20
     told, step = asked(rows, [1 + i % ROOM for i in range(39)], heads, size, hidden, 0.3 if hidden else None)
@@ -104,3 +105,36 @@ def test_rows_with_the_same_pages_are_a_group_of_no_more_than_sixteen():
     assert found["pages"] == [1, 2, 1, 2, 1]
     assert found["page_starts"] == [0, 2, 4, 4, 5]
     assert {x.dtype for x in groups} == {torch.int32}
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("wide", "high"), [(96, (40, 8, 8)), (37, (10, 3)), (5, (1,)), (16, (2, 4))])
+@torch.no_grad()
+def test_products_of_very_few_rows_are_those_of_the_formula(wide, high, bias, monkeypatch):
+    """Of several layers side by side, of numbers that a processor takes several of at a time, and not."""
+    layers = [nn.Linear(wide, size, bias) for size in high]
+    for i, layer in enumerate(layers):
+        layer.weight.copy_(numbers(len(layer.weight), wide + i)[:, :wide])
+    product = Unpacked(layers)
+    product.ready()
+    monkeypatch.setattr(fewrows, "_product", None)
+    for rows in range(1, FEWEST + 1):
+        x = numbers(wide, rows, 1).transpose(0, 1).transpose(1, 2)
+        expected = [x.double() @ layer.weight.double().T for layer in layers]
+        if bias:
+            expected = [each + layer.bias.double() for each, layer in zip(expected, layers, strict=True)]
+        torch.testing.assert_close(product.whole(x), torch.cat(expected, -1).float(), atol=5e-6, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_products_of_more_rows_or_of_matrices_in_another_order_are_those_of_packed_ones(monkeypatch):
+    layers = [nn.Linear(16, 8), nn.Linear(16, 8)]
+    product = Unpacked(layers)
+    monkeypatch.setattr(kernels, "_product", None)
+    for rows, change in ((FEWEST + 1, False), (2, True)):
+        if change:
+            layers[1].weight = nn.Parameter(numbers(16, 8).T)
+        product.ready()
+        x = numbers(rows, 1, 16)
+        expected = torch.cat([layer(x) for layer in layers], -1)
+        torch.testing.assert_close(product.whole(x), expected, atol=1e-6, rtol=1e-5)
