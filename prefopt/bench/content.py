@@ -24,6 +24,8 @@ from prefopt.preflight import WORLD
 Find = Callable[[str, str], type[Component]]
 
 LIBRARIES = ("prefopt", "torch", "transformers", "tokenizers", "numpy")
+SOURCES = (".py", ".cpp")
+"""The ends of names of files that are code."""
 MODEL_FILES = frozenset({".json", ".safetensors", ".model", ".txt", ".jinja", ".py"})
 """Suffixes of what is read from a model folder."""
 
@@ -99,7 +101,7 @@ def fingerprint(package: str) -> str:
     """A hash of every source file of a package."""
     module = import_module(package)
     roots = [Path(folder) for folder in getattr(module, "__path__", ())]
-    files = [(root, file) for root in roots for file in sorted(root.rglob("*.py"))]
+    files = [(root, file) for root in roots for file in sorted(root.rglob("*")) if file.suffix in SOURCES]
     if not roots and module.__file__:
         files = [(Path(module.__file__).parent, Path(module.__file__))]
     total = sha256()

@@ -3,12 +3,15 @@
 
 #include <torch/csrc/inductor/cpp_prefix.h>
 #include <ATen/cpu/vec/functional.h>
+#include <c10/util/Unroll.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <limits>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 // What is called with; `kernels.py` has the same. G queries share the keys of each of K heads.
@@ -23,6 +26,7 @@ struct Call {
   const int32_t *rows, *row_starts;       // which rows each group has, and where they begin; [groups + 1]
   const int32_t *pages, *page_starts;     // which pages they see, the same
   int64_t groups, heads, queries;         // how many groups, K, G
+  int64_t threads;
   double scale;
   float* out;                             // [n, K, G, SIZE]
 };
@@ -53,22 +57,32 @@ inline void fetch(const float* x, int n) {
   for (int i = 0; i < n; i += 16) __builtin_prefetch(x + i, 0, 2);
 }
 
+// Not the constructor of an array, from which GCC concludes that it must be in memory.
+template <typename U, int... I>
+inline auto zeros(std::integer_sequence<int, I...>) {
+  return std::array<U, sizeof...(I)>{(void(I), U(0))...};
+}
+
 // c += a b of R rows: a [R, M] and c [R, N] with so many numbers from row to row, b [M, N].
 template <int R, int M, int N>
 inline void add_product(const float* a, int64_t a_step, const float* b, float* c, int64_t c_step) {
   using U = Unit<N>;
-  constexpr int WIDTH = sizeof(U) / sizeof(float), COUNT = N % (2 * WIDTH) == 0 ? 2 : 1;
+  constexpr int WIDTH = sizeof(U) / sizeof(float), COUNT = N % (4 * WIDTH) == 0 && R == 1 ? 4 : N % (2 * WIDTH) == 0 ? 2 : 1;
+  const c10::ForcedUnroll<R> each_row;
+  const c10::ForcedUnroll<COUNT> each_unit;
   for (int n = 0; n < N; n += COUNT * WIDTH) {
-    U total[R][COUNT], x[COUNT];
-    for (int r = 0; r < R; ++r)
-      for (int i = 0; i < COUNT; ++i) load(total[r][i], c + r * c_step + n + i * WIDTH);
+    auto sums = zeros<U>(std::make_integer_sequence<int, R * COUNT>{});
+    auto x = zeros<U>(std::make_integer_sequence<int, COUNT>{});
+    float* to = c + n;
+    each_row([&](auto r) { each_unit([&](auto i) { load(sums[r * COUNT + i], to + r * c_step + i * WIDTH); }); });
     for (int m = 0; m < M; ++m) {
-      for (int i = 0; i < COUNT; ++i) load(x[i], b + m * N + n + i * WIDTH);
-      for (int r = 0; r < R; ++r)
-        for (int i = 0; i < COUNT; ++i) total[r][i] = fused(U(a[r * a_step + m]), x[i], total[r][i]);
+      each_unit([&](auto i) { load(x[i], b + m * N + n + i * WIDTH); });
+      each_row([&](auto r) {
+        const U number(a[r * a_step + m]);
+        each_unit([&](auto i) { sums[r * COUNT + i] = fused(number, x[i], sums[r * COUNT + i]); });
+      });
     }
-    for (int r = 0; r < R; ++r)
-      for (int i = 0; i < COUNT; ++i) store(total[r][i], c + r * c_step + n + i * WIDTH);
+    each_row([&](auto r) { each_unit([&](auto i) { store(sums[r * COUNT + i], to + r * c_step + i * WIDTH); }); });
   }
 }
 
@@ -165,7 +179,7 @@ class Work {
 };
 
 extern "C" void attend(const Call* call) {
-#pragma omp parallel
+#pragma omp parallel num_threads(call->threads)
   {
     std::vector<float> room;
 #pragma omp for collapse(2) schedule(dynamic)

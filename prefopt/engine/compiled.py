@@ -24,7 +24,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.modeling_utils import AttentionInterface
 
 from prefopt.engine.fewrows import Product, usual
-from prefopt.engine.kernels import Unpacked, attend
+from prefopt.engine.kernels import Panels, attend
 from prefopt.engine.shared import Shared
 from prefopt.engine.shortrows import Asked
 from prefopt.engine.slots import forward
@@ -75,7 +75,7 @@ class Compiled(Shared):
     def __init__(self, *told: Any) -> None:
         super().__init__(*told)
         assert self.few_rows is not None
-        self.few_rows.kind = Unpacked
+        self.few_rows.kind = Panels
 
     @staticmethod
     def knows(network: nn.Module) -> bool:

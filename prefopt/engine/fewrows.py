@@ -60,7 +60,7 @@ class Step:
         stands for must not change."""
         if id(mask) not in self.biases:
             lowest = torch.finfo(torch.float32).min
-            self.biases[id(mask)] = mask, torch.zeros(mask.shape).masked_fill_(~mask, lowest)
+            self.biases[id(mask)] = mask, torch.zeros(mask.shape, dtype=torch.float32).masked_fill_(~mask, lowest)
         return self.biases[id(mask)][1]
 
     def scores(self, query: Tensor) -> Tensor:
@@ -120,7 +120,7 @@ class Product:
         )
         if not same or not self.made:
             matrix = weights[0] if len(weights) == 1 else torch.cat(weights)
-            self.packed = torch.ops.mkldnn._reorder_linear_weight(matrix.detach(), USUAL)
+            self.packed = self.pack(matrix.detach())
             self.made = [(weight, weight._version) for weight in weights]
         biases: list[Tensor] = [layer.bias for layer in self.layers if layer.bias is not None]
         self.bias = None if not biases else biases[0] if len(biases) == 1 else torch.cat(biases)
@@ -149,6 +149,10 @@ class Product:
             for layer, output in zip(self.layers, told.split_with_sizes(self.sizes, -1), strict=True):
                 self.heard(layer.weight, marked, output)
         return found
+
+    def pack(self, matrix: Tensor) -> Tensor:
+        """The matrix [out, in] as `compute` wants it."""
+        return torch.ops.mkldnn._reorder_linear_weight(matrix, USUAL)  # type: ignore[no-any-return]
 
     def compute(self, input: Tensor) -> Tensor:
         return _product(input, self.packed, self.bias, "none", [], "")  # type: ignore[no-any-return]

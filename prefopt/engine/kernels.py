@@ -1,6 +1,6 @@
-"""Kernels of our own for rows in progress on a CPU, in C++. `attention.cpp` reads each page of a prompt once for all
-rows that have it, and of each row's own tokens as many as there are; `product.cpp` computes products of very few rows.
-Knows what a step and its products know; no model.
+"""Kernels of our own for rows in progress on a CPU, in C++. `attention.cpp` reads a page of a prompt once for up to
+sixteen rows with the same pages, and of a row's own tokens as many as it has; `product.cpp` computes products from
+matrices that lie as it reads them. Knows what a step and its products know; no model.
 
 They are compiled when they are first wanted, by the compiler that PyTorch's compiler uses.
 """
@@ -19,12 +19,9 @@ from prefopt.engine.fewrows import Product, Step, attention
 from prefopt.engine.pages import PAGE
 from prefopt.engine.shortrows import Asked
 
-FEWEST = 4
-"""Rows up to which memory is what a product waits for, however it is computed."""
-
 
 class Call(Structure):
-    """What the kernel is told, as there."""
+    """The struct `Call` of `attention.cpp`, field by field."""
 
     _fields_ = (
         ("query", c_void_p),
@@ -45,6 +42,7 @@ class Call(Structure):
         ("groups", c_int64),
         ("heads", c_int64),
         ("queries", c_int64),
+        ("threads", c_int64),
         ("scale", c_double),
         ("out", c_void_p),
     )
@@ -52,12 +50,12 @@ class Call(Structure):
 
 def attend(asked: Asked, step: Step) -> Tensor:
     """The same as `fewrows.attention`, up to rounding; [n, H, 1, D]."""
-    (n, heads, _, size), kinds = asked.query.shape, asked.key.shape[1]
+    (_, heads, _, size), kinds = asked.query.shape, asked.key.shape[1]
     if asked.value.stride() != asked.key.stride() or asked.key.stride()[2:] != (size, 1):
         return attention(asked, step)
     assert asked.attn_mask is not None
     groups, query = step.sharing.groups, asked.query.contiguous()
-    bias, out = step.bias(asked.attn_mask), torch.empty(n, heads, 1, size)
+    bias, out = step.bias(asked.attn_mask), torch.empty_like(query)
     pages = step.prompts if step.longest else (query, query)
     told = {"query": query, "keys": asked.key, "values": asked.value, "page_keys": pages[0], "page_values": pages[1]}
     told |= {"bias": bias, "own": step.counts, "out": out} | groups._asdict()
@@ -70,41 +68,49 @@ def attend(asked: Asked, step: Step) -> Tensor:
         groups=len(groups.row_starts) - 1,
         heads=kinds,
         queries=heads // kinds,
+        threads=torch.get_num_threads(),
         scale=asked.factor,
     )
-    _attention(size, PAGE)(byref(call))
+    _attention_kernel(size, PAGE)(byref(call))
     return out
 
 
-class Unpacked(Product):
-    """Takes the matrices as they are for up to FEWEST rows, which is as fast as memory gives them."""
+class Panels(Product):
+    """Matrices lie in panels, as `product.cpp` has them: for few rows as fast as memory gives them, and no slower than
+    what `Product` takes for many."""
+
+    def pack(self, matrix: Tensor) -> Tensor:
+        (high, wide), (kernel, panel) = matrix.shape, _product_kernel()
+        given, found = matrix.contiguous(), matrix.new_empty(-(-high // panel), wide, panel)
+        kernel.pack(given.data_ptr(), found.data_ptr(), wide, high, torch.get_num_threads())
+        return found
 
     def compute(self, input: Tensor) -> Tensor:
-        rows, weights = input.numel() // input.shape[-1], [layer.weight for layer in self.layers]
-        if rows > FEWEST or not all(weight.is_contiguous() for weight in weights):
-            return super().compute(input)
-        given, out, done = input.contiguous(), input.new_empty(*input.shape[:-1], sum(self.sizes)), 0
-        for weight in weights:
-            place = out.data_ptr() + done * out.itemsize
-            _product()(given.data_ptr(), weight.data_ptr(), place, rows, input.shape[-1], len(weight), out.shape[-1])
-            done += len(weight)
+        (kernel, panel), high, wide = _product_kernel(), sum(self.sizes), input.shape[-1]
+        assert self.packed is not None
+        assert self.packed.shape[:2] == (-(-high // panel), wide)
+        given, out = input.contiguous(), input.new_empty(*input.shape[:-1], high)
+        pointers = (x.data_ptr() for x in (given, self.packed, out))
+        kernel.product(*pointers, input.numel() // wide, wide, high, torch.get_num_threads())
         return out if self.bias is None else out.add_(self.bias)
 
 
 @cache
-def _attention(size: int, page: int) -> Any:
+def _attention_kernel(size: int, page: int) -> Any:
     """For heads of that size, and pages of that many tokens."""
-    return _compiled("attention", f"#define SIZE {size}\n#define PAGE {page}\n").attend
+    return _library("attention", f"#define SIZE {size}\n#define PAGE {page}\n").attend
 
 
 @cache
-def _product() -> Any:
-    found = _compiled("product").product
-    found.argtypes = [c_void_p] * 3 + [c_int64] * 4
-    return found
+def _product_kernel() -> tuple[CDLL, int]:
+    """With how many outputs a panel has."""
+    library = _library("product")
+    library.pack.argtypes = [c_void_p] * 2 + [c_int64] * 3
+    library.product.argtypes = [c_void_p] * 3 + [c_int64] * 4
+    return library, int(library.panel())
 
 
-def _compiled(name: str, before: str = "") -> CDLL:
+def _library(name: str, before: str = "") -> CDLL:
     """What is in the file of that name, with something before it. Kept on disk by PyTorch's compiler."""
     from torch._inductor.codecache import CppCodeCache  # takes seconds to import
 

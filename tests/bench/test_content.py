@@ -99,10 +99,14 @@ def test_the_code_of_every_component_counts(place, plugins, run_config, monkeypa
     assert set(dependencies(config, plugins.find)["code"]) == {"prefopt", "prefopt_dpo", *owners.values()}
 
 
-@pytest.mark.parametrize("layout", ["some_method/__init__.py", "some_method.py", "some_method/inner.py"])
+@pytest.mark.parametrize(
+    "layout", ["some_method/__init__.py", "some_method.py", "some_method/inner.py", "some_method/inner.cpp"]
+)
 def test_a_changed_line_of_code_is_other_work(tmp_path, monkeypatch, layout):
     file = tmp_path / layout
     file.parent.mkdir(exist_ok=True)
+    if file.suffix == ".cpp":
+        (file.parent / "__init__.py").touch()
     file.write_text("x = 1\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(sys.modules, "some_method", raising=False)

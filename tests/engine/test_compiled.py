@@ -20,6 +20,7 @@ from prefopt.config import LoraConfig, ModelConfig
 from prefopt.engine import compiled, fewrows
 from prefopt.engine.arena import disagreement
 from prefopt.engine.compiled import Compiled
+from prefopt.engine.kernels import Panels
 from prefopt.engine.lora import Without
 from prefopt.engine.models import load_causal, open_model
 from prefopt.engine.shared import Shared
@@ -130,6 +131,7 @@ def test_logits_are_those_of_rows_read_whole(tiny_model, rows):
         places = torch.tensor([len(prompt) for prompt in prompts])
         logits = arena.advance(tokens, places, int(places.max()) + 1)
         assert (arena.program is None) == (k == 0)
+        assert {type(product) for product in arena.few_rows.products} == {Panels}
         prompts = [(*prompt, int(token)) for prompt, token in zip(prompts, tokens, strict=True)]
     with torch.no_grad():
         for row, prompt in enumerate(prompts):
