@@ -2,7 +2,7 @@
 Python calls some forty operations a layer. Knows slots, products and attention; no architecture.
 
 To the compiler a product is an operation without insides, and so is attention with the keys and values it writes and
-reads: both stay what they are in `fewrows`. A step is compiled once for a network, for any number of rows from two on.
+reads: both have `kernels` of their own. A step is compiled once for a network, for any number of rows from two on.
 """
 
 from __future__ import annotations

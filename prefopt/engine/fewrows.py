@@ -86,9 +86,8 @@ class Step:
     def _read(self, which: int, heads: int) -> tuple[Orders, Tensor]:
         """Keys or values of the pages that are read, [readings * K, ...]."""
         orders, x = self.sharing.orders(heads), self.prompts[which]
-        return orders, (x[: self.sharing.end] if orders.pages is None else x.index_select(0, orders.pages)).flatten(
-            0, 1
-        )
+        read = x[: self.sharing.end] if orders.pages is None else x.index_select(0, orders.pages)
+        return orders, read.flatten(0, 1)
 
 
 _product: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)

@@ -130,20 +130,20 @@ def test_rows_with_the_same_pages_are_a_group_of_no_more_than_sixteen():
 @torch.no_grad()
 def test_products_are_those_of_the_formula(wide, high, rows, bias, threads):
     """Of several layers side by side; of numbers that a processor takes several of at a time, and not; of rows that
-    need several passes, and of a panel in several blocks."""
+    need several passes, and of a panel in several blocks. To a few millionths of what is summed."""
+    torch.manual_seed(0)
     layers = [nn.Linear(wide, size, bias) for size in high]
     for i, layer in enumerate(layers):
-        layer.weight.copy_(numbers(len(layer.weight), wide + i)[:, :wide] / 8)
+        layer.weight.copy_(numbers(len(layer.weight), wide + i)[:, :wide])
     layers[-1].weight = nn.Parameter(layers[-1].weight.T.contiguous().T)  # in another order
     product = Panels(layers)
     product.ready()
     given = numbers(rows, 1, wide + 1)[..., 1:]
     for x in (given, given[:0]):
-        expected = [x.double() @ layer.weight.double().T for layer in layers]
-        if bias:
-            expected = [each + layer.bias.double() for each, layer in zip(expected, layers, strict=True)]
         found = product.whole(x)
-        torch.testing.assert_close(found, torch.cat(expected, -1).float(), atol=1e-5, rtol=1e-5)
+        exact = [x.double() @ layer.weight.double().T + (layer.bias if bias else 0) for layer in layers]
+        summed = [x.abs() @ layer.weight.abs().T + 1 for layer in layers]
+        assert ((found - torch.cat(exact, -1)).abs() <= 3e-6 * torch.cat(summed, -1)).all()
         assert found.is_contiguous()
 
 
