@@ -305,7 +305,7 @@ class Session:
         given = (loop.assembler.rows, loop.order, loop.assembler.renderer, self.config.draws)
         opened = partial(self._drawer, loop)
         more = (self.config.rollout, self.ranks, journal, self.config.run.seed)
-        return Collector(*given, opened, self._reward, keep, *more, again=loop.recall is not None)
+        return Collector(*given, opened, self._reward, keep, *more, warn=self._warn, again=loop.recall is not None)
 
     def _drawer(self, loop: Loop, draw: Draw) -> Drawer:
         """The sampler on the model that a draw comes from."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from pathlib import Path
 
 import pyarrow.parquet
 import pytest
 
+from prefopt.engine.collect import Collector
 from prefopt.errors import ServiceError
 from prefopt.testing.tiny import train_on, write_rows
 
@@ -28,10 +30,13 @@ FUNCTIONS = (
     *("is_huge", "segfaults", "exits", "allocates", "recurses", "prints_without_end", "leaves_a_child"),
 )
 DEADLINE = 1.0
+GRACE = 2.0
+"""Seconds beyond the deadline within which a call has ended, whatever the function does."""
 ROWS = range(8)
 
 
 def run(model: Path, folder: Path, method: str, name: str, policy: str):
+    folder.mkdir(exist_ok=True)
     rows = [{"prompt": f"count from {i}: ", "bad": i in (2, 5)} for i in ROWS]
     return train_on(
         model,
@@ -48,21 +53,75 @@ def run(model: Path, folder: Path, method: str, name: str, policy: str):
     )
 
 
+@pytest.fixture
+def asked(monkeypatch):
+    """How long each call for scores took, in seconds."""
+    taken = []
+    ask = Collector._asked
+
+    def timed(self, groups):
+        began = time.monotonic()
+        try:
+            return ask(self, groups)
+        finally:
+            taken.append(time.monotonic() - began)
+
+    monkeypatch.setattr(Collector, "_asked", timed)
+    return taken
+
+
+def table_of(result) -> list[dict]:
+    return pyarrow.parquet.read_table(result.folder / "rollouts.parquet").to_pylist()
+
+
 @pytest.mark.parametrize("name", FUNCTIONS)
 @pytest.mark.parametrize("method", ["ppo", "grpo"])
-def test_what_a_bad_reward_could_not_score_is_left_out_and_no_score_is_invented(tiny_model, tmp_path, method, name):
+def test_what_a_bad_reward_could_not_score_is_left_out_and_no_score_is_invented(
+    tiny_model, tmp_path, method, name, asked, capsys
+):
+    """In time, with the reason in the table, and a warning that names step and row."""
     result = run(tiny_model, tmp_path, method, name, "drop_group")
     assert result.outcome == "finished"
-    table = pyarrow.parquet.read_table(result.folder / "rollouts.parquet").to_pylist()
-    assert {row["row"] for row in table} <= set(ROWS) - {2, 5}
-    assert all(row["score"] == len(row["completion"]) / 4 for row in table)
+    table = table_of(result)
+    used, unused = ([row for row in table if row["used"] == wanted] for wanted in (True, False))
+    assert {row["row"] for row in used} <= set(ROWS) - {2, 5}
+    assert {2, 5} <= {row["row"] for row in unused}
+    assert all(row["score"] == len(row["completion"]) / 4 and row["reason"] is None for row in used)
+    lacking = [row for row in unused if row["score"] is None]
+    assert all(f"function bad_rewards.py:{name}, row {row['row']}, sample " in row["reason"] for row in lacking)
     (line,) = (json.loads(text) for text in (result.folder / "metrics.jsonl").read_text().splitlines())
-    assert line["reward/missing"] >= 2
+    assert line["reward/missing"] == len(lacking) >= 2
+    first = lacking[0]["row"]
+    assert re.search(rf"step 1, row {first}: reply \d of \d+ could not be scored: ", capsys.readouterr().out)
+    assert max(asked) < DEADLINE + GRACE
 
 
 @pytest.mark.parametrize("method", ["ppo", "grpo"])
-def test_a_run_that_is_to_end_ends_soon_and_says_why(tiny_model, tmp_path, method):
-    began = time.monotonic()
-    with pytest.raises(ServiceError, match=r"row \d: reply 1 of .*function bad_rewards.py:hangs, row \d, sample 0: "):
-        run(tiny_model, tmp_path, method, "hangs", "abort")
-    print(f"{method}: {time.monotonic() - began:.1f} s, the deadline is {DEADLINE} s")
+def test_a_reward_that_changes_what_it_is_given_changes_copies(tiny_model, tmp_path, method, capsys):
+    result = run(tiny_model, tmp_path, method, "mutates", "abort")
+    table = table_of(result)
+    assert {row["row"] for row in table} == set(ROWS)
+    assert all(row["used"] and row["score"] == len(row["completion"]) / 4 for row in table)
+    assert "could not be scored" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_run_that_is_to_end_ends_soon_and_says_why(tiny_model, tmp_path, name, asked):
+    said = rf"step 1, row \d: reply \d of .*function bad_rewards.py:{name}, row \d, sample \d+: "
+    with pytest.raises(ServiceError, match=said):
+        run(tiny_model, tmp_path, "ppo" if FUNCTIONS.index(name) % 2 else "grpo", name, "abort")
+    assert max(asked) < DEADLINE + GRACE
+
+
+@pytest.mark.parametrize("name", ["raises", "is_not_a_number", "segfaults"])
+@pytest.mark.parametrize("method", ["ppo", "grpo"])
+def test_a_reply_that_could_not_be_scored_is_left_out_alone_or_asked_for_again(
+    tiny_model, tmp_path, method, name, asked
+):
+    table = table_of(run(tiny_model, tmp_path, method, name, "drop_sample"))
+    assert all(row["used"] == (row["score"] is not None) for row in table)
+    assert {row["row"] for row in table if not row["used"]} == {2, 5}
+    asked.clear()
+    with pytest.raises(ServiceError, match=r"row 2: reply 1 of \d+ could not be scored 4 times: "):
+        run(tiny_model, tmp_path / "again", method, name, "retry")
+    assert len(asked) == 4

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import threading
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -221,6 +222,7 @@ def test_the_reward_rises_and_everything_drawn_is_kept_as_a_table(tiny_model, tm
     assert len(table) == 4 * 23 * 4  # epochs, rows that are not held out, replies
     assert table[0].keys() == {
         "step", "row", "prompt", "completion", "role", "source", "score", "finished", "ids", "logps",
+        "used", "reason",
     }  # fmt: skip
     assert result.budget["sampled"] == sum(len(row["ids"]) for row in table)
     first = [row["score"] for row in table if row["step"] == 0]
@@ -312,13 +314,24 @@ def test_a_missing_score_ends_the_run_and_names_row_and_reply(tiny_model, tmp_pa
 
 
 @pytest.mark.parametrize(("policy", "left"), [("drop_sample", 24 * 4 - 2), ("drop_group", 24 * 4 - 8)])
-def test_what_could_not_be_scored_is_left_out_and_counted(tiny_model, tmp_path, found, policy, left):
+def test_what_could_not_be_scored_is_left_out_and_counted(tiny_model, tmp_path, found, policy, left, capsys):
     sections = {"reward": {"name": "toy_digits", "broken": [5, 9]}, "rollout": {"on_missing": policy}}
     result = run(tiny_model, tmp_path / "run", found, run={"steps": 3}, **sections)
     assert sum(m["reward/missing"] for m in metrics(result.folder)) == 2
     table = pyarrow.parquet.read_table(result.folder / "rollouts.parquet").to_pylist()
-    assert len(table) == left
-    assert all(row["score"] is not None for row in table)
+    assert len(table) == 24 * 4
+    used, unused = ([row for row in table if row["used"] == wanted] for wanted in (True, False))
+    assert len(used) == left
+    assert all(row["score"] is not None and row["reason"] is None for row in used)
+    lacking = [row for row in unused if row["score"] is None]
+    assert [(row["row"], row["reason"]) for row in sorted(lacking, key=lambda row: row["row"])] == [
+        (row, "the scale is broken") for row in (5, 9)
+    ]
+    assert all((row["reason"] is None) == (row["score"] is not None) for row in unused)
+    said = re.findall(
+        r"step \d, row \d: reply 2 of 4 could not be scored: the scale is broken", capsys.readouterr().out
+    )
+    assert len(said) in (1, 2)
 
 
 def test_asking_again_is_counted_and_then_ends_the_run(tiny_model, tmp_path, found):
@@ -401,8 +414,10 @@ def test_groups_that_are_not_kept_are_replaced_by_other_prompts(tiny_model, tmp_
     assert len(Reinforce.kept) == 11
     assert len(set(Reinforce.kept)) == 11  # no prompt twice
     table = pyarrow.parquet.read_table(result.folder / "rollouts.parquet").to_pylist()
-    assert len({row["row"] for row in table}) == 8
-    assert result.budget["sampled"] > sum(len(row["ids"]) for row in table)  # what was not kept was drawn too
+    used, refused = ({row["row"] for row in table if row["used"] == wanted} for wanted in (True, False))
+    assert (len(used), len(refused)) == (8, 3)
+    assert all(row["score"] is not None and row["reason"] is None for row in table)
+    assert result.budget["sampled"] == sum(len(row["ids"]) for row in table)  # what was not kept was drawn too
 
 
 def test_greedy_and_reference_draws_come_with_their_roles(tiny_model, tmp_path, found):

@@ -21,6 +21,8 @@ SCHEMA: Final = pyarrow.schema(
         "finished": pyarrow.bool_(),
         "ids": pyarrow.list_(pyarrow.int64()),
         "logps": pyarrow.list_(pyarrow.float64()),
+        "used": pyarrow.bool_(),
+        "reason": pyarrow.string(),
     }
 )
 

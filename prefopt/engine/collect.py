@@ -19,7 +19,7 @@ from prefopt.config.models import RolloutConfig
 from prefopt.data.render import Renderer
 from prefopt.data.streams import Order, derive, generator
 from prefopt.engine.alarms import completion_metrics
-from prefopt.engine.journal import Collected, Journal
+from prefopt.engine.journal import Collected, Journal, Unused
 from prefopt.engine.ranks import Ranks
 from prefopt.errors import ServiceError
 from prefopt.rows import Completion, Role, Rollout, Row
@@ -48,6 +48,8 @@ class Collector:
     seed: int
     drawn: Callable[[int, List[Rollout]], None] = lambda step, rollouts: None
     """Is shown the rollouts of each step."""
+    warn: Callable[[str], None] = lambda text: None
+    """Hears of each step whose replies could not all be scored."""
     again: bool = False
     """Whether a step that is in the journal is drawn again, for what drawing computes."""
     _opened: dict[Draw, Drawer] = field(default_factory=dict)
@@ -70,19 +72,31 @@ class Collector:
 
     def _collected(self, step: int) -> Collected:
         wanted = self.order.step(step)
-        taken, kept, scored, refused, drawn = set(wanted), [], [], 0, []
+        taken, kept, scored, unused, refused, drawn = set(wanted), [], [], [], 0, []
         for attempt in range(self.settings.redraws + 1):
             drawn.append(wanted)
             new = self._scored(step, wanted)
             scored += new
-            usable = [group for pair in new if (group := self._usable(step, *pair)) is not None]
-            good = [group for group in usable if self.keep(group)]
-            kept += good
-            refused += len(usable) - len(good)
-            wanted = self._others(step, attempt, len(usable) - len(good), taken)
+            usable = [self._usable(step, *pair) for pair in new]
+            good = [None if group is None or not self.keep(group) else group for group in usable]
+            kept += [group for group in good if group is not None]
+            unused += [left for pair, group in zip(new, good, strict=True) if (left := _unused(*pair, group))]
+            again = good.count(None) - usable.count(None)
+            refused += again
+            wanted = self._others(step, attempt, again, taken)
             if not wanted:
                 break
-        return Collected(kept, _metrics(scored, refused), sum(_tokens(group) for group, _ in scored), drawn)
+        self._tell(step, scored)
+        sampled = sum(_tokens(group) for group, _ in scored)
+        return Collected(kept, _metrics(scored, refused), sampled, drawn, unused)
+
+    def _tell(self, step: int, scored: List[Scored]) -> None:
+        """Warns of replies without a score, naming the first."""
+        lacking = [(group, k, x) for group, own in scored for k, x in enumerate(own) if x.value is None]
+        if lacking:
+            group, k, score = lacking[0]
+            more = f", and {len(lacking) - 1} more (rollouts.parquet has them all)" if len(lacking) > 1 else ""
+            self.warn(f"{_place(step, group)}: {_lack(group, k, score)}{more}")
 
     def _others(self, step: int, attempt: int, count: int, taken: set[int]) -> list[int]:
         """Rows to draw from in place of `count` groups that were not kept, none of them used in this step."""
@@ -185,8 +199,8 @@ class Collector:
     def _unscored(self, step: int, group: Rollout, k: int, score: Score) -> ServiceError:
         asked = f" {self.settings.retries + 1} times" if self.settings.on_missing == "retry" else ""
         return ServiceError(
-            f"reply {k + 1} of {len(group.completions)} could not be scored{asked}: {score.reason}",
-            where=f"step {step + 1}, row {group.index}",
+            _lack(group, k, score, asked),
+            where=_place(step, group),
             fix="Mend the reward, or set rollout.on_missing to retry, drop_sample or drop_group.",
         )
 
@@ -194,6 +208,23 @@ class Collector:
 def _group(row: Row, replies: List[Completion], roles: tuple[Role, ...]) -> Rollout:
     shared: dict[str, Any] = {"prompt": row.prompt, "index": row.index, "weight": row.weight, "extra": row.extra}
     return Rollout(**shared, completions=tuple(replies), roles=roles)
+
+
+def _place(step: int, group: Rollout) -> str:
+    return f"step {step + 1}, row {group.index}"
+
+
+def _lack(group: Rollout, k: int, score: Score, asked: str = "") -> str:
+    return f"reply {k + 1} of {len(group.completions)} could not be scored{asked}: {score.reason}"
+
+
+def _unused(group: Rollout, scores: List[Score], kept: Rollout | None) -> Unused | None:
+    """The replies that the step goes without: all unless some of the group are kept, else those without a score."""
+    left = [k for k, score in enumerate(scores) if kept is None or score.value is None]
+    if not left:
+        return None
+    reasons = [scores[k].reason if scores[k].value is None else None for k in left]
+    return Unused(group.scored([score.value for score in scores]).select(left), reasons)
 
 
 def _finite(score: Score) -> Score:

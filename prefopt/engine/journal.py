@@ -9,13 +9,21 @@ from collections.abc import Sequence as List
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from shutil import rmtree
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from prefopt.data.table import write_rollouts
 from prefopt.engine.folder import write_text
 from prefopt.rows import Completion, Role, Rollout, Row, show_text
 
 TABLE: Final = "rollouts.parquet"
+
+
+class Unused(NamedTuple):
+    """Replies that a step went without: a group that was refused or lacks scores, or what of it lacks one."""
+
+    group: Rollout
+    reasons: List[str | None]
+    """Why each reply has no score; None for one that has."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +37,8 @@ class Collected:
     drawn: List[List[int]] | None = None
     """The rows that were drawn for together, one time after the other, those that were not kept included; None for a
     step that an older version kept."""
+    unused: List[Unused] = ()
+    """For the table alone: what is read again has none."""
 
 
 class Journal:
@@ -47,6 +57,7 @@ class Journal:
             "sampled": found.sampled,
             "drawn": found.drawn,
             "rollouts": list(map(_plain, found.rollouts)),
+            "unused": [{**_plain(group), "reasons": reasons} for group, reasons in found.unused],
         }
         write_text(self._file(step), json.dumps(record, ensure_ascii=False) + "\n")
 
@@ -91,9 +102,11 @@ def _completion(fields: Mapping[str, Any]) -> Completion:
 
 
 def _lines(step: int, record: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    for group in record["rollouts"]:
-        roles = group["roles"] or [Role.SAMPLE] * len(group["completions"])
-        for role, completion in zip(roles, group["completions"], strict=True):
+    for group in (*record["rollouts"], *record.get("unused", ())):
+        completions, reasons = group["completions"], group.get("reasons")
+        roles = group["roles"] or [Role.SAMPLE] * len(completions)
+        for role, completion, reason in zip(roles, completions, reasons or [None] * len(completions), strict=True):
             shared = {"step": step, "row": group["row"], "prompt": group["prompt"], "completion": completion["text"]}
+            shared |= {"used": reasons is None, "reason": reason}
             names = ("source", "score", "finished", "ids", "logps")
             yield {**shared, "role": Role(role).name.lower(), **{name: completion[name] for name in names}}
