@@ -6,12 +6,13 @@
 WORKLOAD is made by `compare/workload.py`. `generate` gets n copies of every prompt, padded on the left, and goes on
 until the longest completion ends. Greedy texts of both sides are compared first and must be equal. Then they draw in
 turn, each in a process of its own; all are in memory at once. *uneven*: an untrained model hardly ever ends by itself,
-so a constant is added to the end's logit on both sides that makes MEAN tokens the mean length, a geometric distribution
-cut at LONGEST. *equal*: no completion ends before EQUAL tokens. What counts are tokens of completions, with their end,
+so a constant is added to the end's logit that makes MEAN tokens the mean length, a geometric distribution cut at
+LONGEST; the other side continues the same prompts to the lengths that ours had drawn, each row until it is done.
+*equal*: no completion ends before EQUAL tokens. What counts are tokens of completions, with their end,
 without padding, by the clock and by the processor time of the process, which a busy machine disturbs less. Where all
 rows fit into the slots, every step reads every weight once: how many GB a second of them, at least, is told beside what
-copies move. With `--vllm` the other side is its CPU build, which continues the same prompts to the lengths that ours
-had drawn and tells the log-probability of each token, as ours always does; OUT keeps the rest. Ours takes part twice,
+copies move. With `--vllm` the other side is its CPU build, which tells the log-probability of each token, as ours
+always does; OUT keeps the rest. Ours takes part twice,
 as it is and with `rollout.compile`; vLLM compiled, as by default, and with `--eager` eager, too. Before the clock runs
 every side draws everything twice, as in a run that draws step after step: then all is compiled, and memory is there.
 """
@@ -80,8 +81,9 @@ def lean_to_the_end(network: Any, prompts: Prompts, mean: float | None) -> None:
     network.get_output_embeddings().register_forward_hook(hook)
 
 
-def generate(model: Any, prompts: Prompts, most: int, greedy: bool) -> list[list[int]]:
-    from transformers import GenerationConfig
+def generate(model: Any, prompts: Prompts, most: int, lengths: Sequence[int] | None) -> list[list[int]]:
+    """Rows of these lengths, drawn; without lengths greedy ones of up to `most` tokens, to their ends."""
+    from transformers import GenerationConfig, StoppingCriteriaList
 
     network, (end,) = model.network, model.end_ids
     width = max(map(len, prompts))
@@ -89,11 +91,14 @@ def generate(model: Any, prompts: Prompts, most: int, greedy: bool) -> list[list
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
     torch.manual_seed(0)
     ids, mask = ids.to(model.device), mask.to(model.device)
+    drawn, until = lengths is not None, torch.tensor(lengths or [most] * len(prompts), device=model.device)
+    done = StoppingCriteriaList([lambda row_ids, scores, **more: row_ids.shape[1] - width >= until])
     config = GenerationConfig(
-        max_new_tokens=most, do_sample=not greedy, top_k=0, eos_token_id=end, pad_token_id=0, disable_compile=True
+        max_new_tokens=most, do_sample=drawn, top_k=0, eos_token_id=end, pad_token_id=0, disable_compile=True
     )
-    out = network.generate(input_ids=ids, attention_mask=mask, generation_config=config)[:, width:].tolist()
-    return [row[: row.index(end) + 1] if end in row else row for row in out]
+    out = network.generate(input_ids=ids, attention_mask=mask, generation_config=config, stopping_criteria=done)
+    rows = [row[:n] for row, n in zip(out[:, width:].tolist(), until.tolist(), strict=True)]
+    return [row[: row.index(end) + 1] if end in row else row for row in rows]
 
 
 def continuous(model: Any, prompts: Prompts, most: int, greedy: bool, slots: int) -> list[list[int]]:
@@ -120,19 +125,24 @@ def work(options: argparse.Namespace) -> None:
     model: Any = replace(open_model(str(options.workload / "model"), device), compiled=side == COMPILED)
     greedy = kind == "greedy"
     prompts = read_prompts(options.workload, options.prompts, 1 if greedy else options.samples)
-    lean_to_the_end(model.network, prompts, MEAN if kind == "uneven" else None)
+    lean_to_the_end(model.network, prompts, MEAN if kind == "uneven" and side in OURS else None)
     most = {"greedy": GREEDY, "uneven": LONGEST, "equal": EQUAL}[kind]
-    more = (options.slots,) if side in OURS else ()
-    draw: Any = continuous if side in OURS else generate
     began = time.perf_counter()
-    draw(model, prompts[:2], 2, greedy, *more)
+    if side in OURS:
+        continuous(model, prompts[:2], 2, greedy, options.slots)
+    else:
+        generate(model, prompts[:2], 2, None)
     if side == COMPILED and not Compiled.knows(model.network):
         raise SystemExit("the steps are not compiled")
     answer(ready_seconds=time.perf_counter() - began, copy_gb_per_second=copied)
     weights = sum(p.numel() * p.element_size() for p in model.network.parameters())
-    for _ in sys.stdin:
+    for line in sys.stdin:
+        lengths = (json.loads(line) or {}).get("lengths")
         began, busy = time.perf_counter(), time.process_time()
-        texts = draw(model, prompts, most, greedy, *more)
+        if side in OURS:
+            texts = continuous(model, prompts, most, greedy, options.slots)
+        else:
+            texts = generate(model, prompts, most, lengths)
         found = {"seconds": time.perf_counter() - began, "cpu_seconds": time.process_time() - busy}
         found |= {"tokens": sum(map(len, texts)), "longest": max(map(len, texts)), "peak_mb": peak_mb(device)}
         if len(prompts) <= options.slots:
@@ -193,9 +203,9 @@ class Side:
         self.process.wait()
 
     def draw(self, drawn: dict[str, Any]) -> dict[str, Any]:
-        """What a drawing takes; vLLM continues prompts to the lengths of another that is told."""
+        """What a drawing takes; other sides continue prompts to the lengths of one that is told."""
         with suppress(BrokenPipeError):  # then there is no answer
-            self.process.stdin.write(json.dumps(drawn if self.name in THEIRS else None) + "\n")
+            self.process.stdin.write(json.dumps(None if self.name in OURS else drawn) + "\n")
             self.process.stdin.flush()
         return self._answer()
 
@@ -228,7 +238,8 @@ def in_turn(options: argparse.Namespace, kind: str, names: Sequence[str]) -> dic
             first = turn % len(sides)
             for side in (*sides[first:], *sides[:first]):
                 found = side.draw(drawn)
-                drawn = found.pop("drawn", drawn)
+                told = found.pop("drawn", drawn)
+                drawn = told if side.name in OURS else drawn
                 if turn >= BEFORE:
                     blocks[side.name].append(found | side.ready)
                     rates = [found["tokens"] / found[clock] for clock in CLOCKS]
