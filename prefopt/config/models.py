@@ -238,9 +238,8 @@ class RolloutConfig(Section):
     """How many bytes of what drawing computes may be kept for the first update of the step, which then needs no product
     that is known already: about 4 bytes for each output of a linear layer and token. On a CPU, in float32."""
     compile: bool = False
-    """Whether the steps of drawing are compiled: that takes a quarter of a minute or more when a model is first drawn
-    from, and a C++ compiler; a step then takes 10 to 25 percent less. On a CPU, in float32, with the attention
-    `sdpa`."""
+    """Whether the steps of drawing are compiled: that takes half a minute or more when a model is first drawn from, and
+    a C++ compiler; a step then takes 30 to 50 percent less. On a CPU, in float32, with the attention `sdpa`."""
 
 
 class EvalConfig(Section):
