@@ -16,6 +16,20 @@ from prefopt.session import train
 from prefopt.testing.tiny import tiny_config
 
 MIX = {"source": "replies", "size": 20, "weight": 0.5, "batch_size": 3, "max_length": 40, "overflow": "truncate"}
+REPETITION = {"name": "repetition", "n": 1, "unit": "characters"}
+PPO = {
+    "algorithm": {
+        "name": "ppo",
+        "inner_epochs": 2,
+        "minibatches": 2,
+        "kl_target": 0.5,
+        "kl_horizon": 100,
+        "normalise": "standardise",
+        "truncated": "end",
+    },
+    "reward": REPETITION,
+    "sampler": {"name": "plain", "max_new_tokens": 9},
+}
 RUNS = {
     "sft": {"algorithm": {"name": "sft"}, "eval": {"every": 3, "samples": 2, "rows": 4}},
     "reward_model": {"algorithm": {"name": "reward_model", "margin": True}, "eval": {"every": 3, "rows": 4}},
@@ -26,6 +40,13 @@ RUNS = {
     "dpo, best kept": {
         "algorithm": {"name": "dpo"},
         "eval": {"every": 2, "rows": 4, "keep_best": True, "metric": "reward/margin", "goal": "min"},
+    },
+    "ppo": {**PPO, "eval": {"every": 3, "samples": 2, "rows": 4}},
+    "ppo, critic, mixed": {**PPO, "critic": {"lr": 3e-3}, "data": {"mix": MIX}},
+    "grpo": {
+        "algorithm": {"name": "grpo", "n": 4, "beta": 0.1, "inner_epochs": 2},
+        "reward": REPETITION,
+        "sampler": {"name": "continuous", "max_new_tokens": 9},
     },
 }
 
@@ -47,6 +68,8 @@ def run(model: Path, folder: Path, sections: dict, resume: bool = False, kill_at
     if kill_at is not None:
         object.__setattr__(plugins, "notify", _killing(plugins.notify, Killer(kill_at)))
     settings = {"steps": 12, "checkpoint": {"every": 5}}
+    if "critic" in sections:
+        sections = {**sections, "critic": {"path": str(model), **sections["critic"]}}
     config = tiny_config(model, folder, {**sections, "run": settings}, plugins)
     train(config, plugins, resume=resume)
 
@@ -74,10 +97,11 @@ def killed(model: Path, folder: Path, sections: dict, step: int, resume: bool = 
 
 
 def fingerprints(folder: Path) -> dict[str, str]:
-    """Every byte that must not differ: model, metrics, samples, result, and the last checkpoint with its optimizer."""
+    """Every byte that must not differ: model, critic, metrics, samples, what was drawn, result, and the last checkpoint
+    with its optimizer."""
     last = max(folder.glob("checkpoints/step-*"))
     files = [*folder.glob("model/*"), *last.iterdir(), folder / "metrics.jsonl", folder / "result.json"]
-    files += folder.glob("samples.jsonl")
+    files += [*folder.glob("critic/*"), *folder.glob("samples.jsonl"), *folder.glob("rollouts.parquet")]
     cards = ("README.md", "config.json")  # they name the run's own folder
     named = {str(p.relative_to(folder)): p for p in files if p.name not in cards}
     return {name: sha256(path.read_bytes()).hexdigest() for name, path in named.items()}
@@ -91,6 +115,19 @@ def test_killed_after_step_7_of_12(tiny_model, tmp_path, name):
     whole, again = fingerprints(tmp_path / "whole"), fingerprints(tmp_path / "killed")
     assert again == whole
     assert {"metrics.jsonl", "checkpoints/step-00000012/optimizer.safetensors"} <= whole.keys()
+    assert ("rollouts.parquet" in whole) == ("reward" in RUNS[name])
+    assert ("critic/model.safetensors" in whole) == ("critic" in RUNS[name])
+
+
+def test_what_ppo_adapts_between_steps_is_in_the_checkpoint(tiny_model, tmp_path):
+    """Guards the test above: after five steps of 8 scores it has moved, and the sixth begins with it."""
+    killed(tiny_model, tmp_path / "killed", PPO, step=7)
+    kept = load_file(tmp_path / "killed/checkpoints/step-00000005/algorithm.safetensors")
+    lines = [json.loads(line) for line in (tmp_path / "killed/metrics.jsonl").read_text().splitlines()]
+    assert kept["ppo/moments"][0] == 5 * 8
+    assert kept["ppo/moments"][1].item() == pytest.approx(sum(m["reward/mean"] for m in lines[:5]) / 5)
+    assert kept["ppo/beta"].item() == lines[5]["kl/weight"]
+    assert abs(kept["ppo/beta"].item() / 0.05 - 1) > 0.01
 
 
 def test_killed_twice_and_before_the_first_checkpoint(tiny_model, tmp_path):
