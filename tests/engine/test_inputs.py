@@ -7,6 +7,7 @@ import math
 
 import pytest
 
+from prefopt.data.mix import Mix
 from prefopt.data.render import load_tokenizer
 from prefopt.engine.inputs import Inputs
 from prefopt.engine.services import EngineServices
@@ -97,6 +98,28 @@ def test_the_loss_of_what_is_mixed_in_is_added_and_told_apart(train_tiny, tmp_pa
     assert first["loss/total"] == pytest.approx(math.log(2) + 0.5 * first["mix/loss/nll"], abs=1e-5)
     assert first["mix/loss/total"] == pytest.approx(0.5 * first["mix/loss/nll"])
     assert result.budget["backward"] > train_tiny("alone", algorithm={"name": "dpo"}).budget["backward"]
+
+
+def test_every_update_of_a_step_has_rows_of_its_own_mixed_in(train_tiny, tmp_path, monkeypatch):
+    """Two passes of two minibatches in each of three steps; the rows become likelier where they weigh something."""
+    step, asked, nll = Mix.step, [], {}
+    monkeypatch.setattr(Mix, "step", lambda self, number: asked.append(number) or step(self, number))
+    sections = {
+        "algorithm": {"name": "ppo", "inner_epochs": 2, "minibatches": 2, "truncated": "end", "value_weight": 0.2},
+        "reward": {"name": "repetition", "n": 1, "unit": "characters"},
+        "sampler": {"name": "plain", "max_new_tokens": 6},
+        "run": {"steps": 3},
+    }
+    mixed = source(tmp_path / "m.jsonl", tiny_rows("demonstration"))
+    for weight in (0.5, 1e-9):
+        result = train_tiny(str(weight), data={"mix": {**mixed, "weight": weight}}, **sections)
+        lines = [json.loads(line) for line in (result.folder / "metrics.jsonl").read_text().splitlines()]
+        nll[weight] = [line["mix/loss/nll"] for line in lines]
+        for line in lines:
+            parts = line["loss/policy"] + 0.2 * line["loss/value"] + weight * line["mix/loss/nll"]
+            assert line["loss/total"] == pytest.approx(parts, abs=1e-6)
+    assert asked == [*range(12), *range(12)]
+    assert nll[0.5][-1] < min(nll[1e-9]) - 0.5
 
 
 def test_a_reward_model_has_nothing_to_mix_in(train_tiny, tmp_path):
