@@ -64,6 +64,16 @@ class Picky(Reinforce):
         return len(self.kept) > 3
 
 
+class Choosy(Reinforce):
+    """Says of each update what `verdicts` says."""
+
+    name = "toy_choosy"
+    verdicts: ClassVar[list[str]] = []
+
+    def accept(self, metrics):
+        return self.verdicts.pop(0)
+
+
 class Greedy(Reinforce):
     """Its baseline is the score of a greedy reply; a reference reply is drawn too."""
 
@@ -131,7 +141,7 @@ class Digits(RewardSource):
 def found() -> Plugins:
     plugins = load()
     plugins.manager.unregister(name="prefopt:progress")
-    for component in (Reinforce, Picky, Greedy, Measured, Edited, Digits, Held, Stranger):
+    for component in (Reinforce, Picky, Choosy, Greedy, Measured, Edited, Digits, Held, Stranger):
         plugins.registry.add(component, "test", "0")
     for log in (Reinforce.seen, Reinforce.kept, Digits.calls, Held.seen):
         log.clear()
@@ -277,6 +287,41 @@ def test_the_first_minibatch_has_ratio_one_and_later_ones_do_not(tiny_model, tmp
     assert json.loads((result.folder / "result.json").read_text())["updates"] == 4
     assert Reinforce.seen[0] < 1e-6
     assert min(Reinforce.seen[-2:]) > 1e-4
+
+
+def test_a_stop_leaves_out_what_is_left_of_its_step_and_nothing_of_the_next(tiny_model, tmp_path, found):
+    """The same bytes as if everything that is left out had been computed and skipped."""
+    algorithm = {"name": "toy_choosy", "inner_epochs": 2, "minibatches": 2}
+    second, last = ["step", "skip", "step", "step"], ["step"] * 4
+    verdicts = {
+        "stop": ["step", "stop", *second, "stop", *last],
+        "skip": ["step", *["skip"] * 3, *second, *["skip"] * 4, *last],
+    }
+    facts, rates, models = {}, {}, set()
+    for name, said in verdicts.items():
+        Choosy.verdicts[:] = said
+        folder = run(tiny_model, tmp_path / name, found, algorithm=algorithm).folder
+        assert Choosy.verdicts == []
+        facts[name] = json.loads((folder / "result.json").read_text())
+        rates[name] = [line["lr"] / 2e-2 for line in metrics(folder)]
+        models.add((folder / "model/model.safetensors").read_bytes())
+    assert len(models) == 1
+    assert [(f["steps"], f["updates"], f["skipped"]) for f in facts.values()] == [(4, 8, 3), (4, 8, 8)]
+    assert rates["stop"] == pytest.approx([1 / 2, 3 / 4, 0, 1])
+    assert rates["skip"] == pytest.approx([1 / 4, 3 / 4, 0, 1])
+    backward = [f["budget"]["backward"] for f in facts.values()]
+    assert len(Reinforce.seen) == 11 + 16
+    assert backward[0] < backward[1]
+
+
+def test_a_limit_of_divergence_ends_each_step_after_its_first_update(tiny_model, tmp_path, found):
+    """Before it the samples are the policy's own, after it they are further away than the limit."""
+    limited = {"name": "ppo", "inner_epochs": 2, "minibatches": 2, "truncated": "end", "update_limit": 1e-6}
+    result = run(tiny_model, tmp_path / "run", found, algorithm=limited, run={"steps": 3})
+    facts = json.loads((result.folder / "result.json").read_text())
+    assert (facts["steps"], facts["updates"], facts["skipped"]) == (3, 3, 3)
+    assert [line["lr"] for line in metrics(result.folder)] == pytest.approx([1e-2] * 3)  # half of 2e-2 and 0
+    assert min(line["kl/update"] for line in metrics(result.folder)) > 1e-6 / 2
 
 
 def _stopping_after(step: int) -> Callable[..., None]:
