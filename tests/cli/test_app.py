@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import os
 import resource
+import string
 import subprocess
 import sys
 from pathlib import Path
+from statistics import median
 
 import pytest
 from typer.testing import CliRunner
 
 from prefopt.cli import app as cli
 from prefopt.errors import PrefoptError
+from prefopt.session import Session
 from prefopt.testing.tiny import tiny_rows, write_rows
 
 PREFOPT = Path(sys.executable).parent / "prefopt"
@@ -334,3 +337,63 @@ def test_explain_tells_all_there_is():
     assert "reward reward_model" in both
     assert "path (required)" in both
     assert "algorithm reward_model" not in call("explain", "reward_model", "--kind", "reward")[1]
+
+
+@pytest.fixture
+def sampled(tmp_path, tiny_model) -> Path:
+    """A run whose replies end at any letter and are paid by their length."""
+    data = write_rows(tmp_path / "prompts.jsonl", tiny_rows("demonstration"))
+    path = tmp_path / "sampled.yaml"
+    path.write_text(f"""
+prefopt: 1
+model: {{path: {tiny_model}}}
+data: {{source: jsonl, path: {data}}}
+algorithm: {{name: grpo, n: 4, beta: 0.01}}
+reward: {{name: length, minimum: 16, margin: 15}}
+sampler: {{name: continuous, max_new_tokens: 16, stop: {json.dumps(list(string.ascii_letters))}}}
+optim: {{lr: 0.05, batch_size: 8, schedule: constant, warmup: 0.0}}
+run: {{dir: {tmp_path}/run, steps: 14, device: cpu, threads: 1, checkpoint: {{every: 5}}}}
+""")
+    return path
+
+
+def kept_verdict(folder: Path) -> str:
+    return json.loads((folder / "result.json").read_text())["verdict"]
+
+
+def growth(folder: Path) -> str:
+    """What is to be said of the lengths in a run's metrics: medians of five steps against that of the first five."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lengths = [line["completion/tokens"] for line in lines]
+    medians = [median(lengths[end - 5 : end]) for end in range(5, len(lengths) + 1)]
+    times = [now / medians[0] for now in medians]
+    first = next(step for step, far in enumerate(times, 5) if far > 2)
+    return f"length is {max(times):.3g} times its start (limit 2), first at step {first}"
+
+
+def test_the_alarms_that_rang_are_printed_and_kept(sampled, tmp_path):
+    code, text = call("train", str(sampled))
+    verdict = kept_verdict(tmp_path / "run")
+    assert (code, text.splitlines()[-2:]) == (0, [f"finished: {tmp_path}/run/model", verdict])
+    assert growth(tmp_path / "run") in verdict
+    assert verdict.endswith(". Read the samples before you trust the reward")
+
+
+def test_a_run_in_which_nothing_rang_says_what_was_watched(sampled, tmp_path):
+    code, text = call("train", str(sampled), "optim.lr=1e-6")
+    watched = "KL divergence in nats, distinct-3, length, perplexity under the base, repetition"
+    verdict = f"reward hacking: no sign of it in {watched}"
+    assert (code, text.splitlines()[-1], kept_verdict(tmp_path / "run")) == (0, verdict, verdict)
+
+
+def test_a_resumed_run_is_compared_with_the_first_steps_of_the_whole(sampled, tmp_path, monkeypatch):
+    def stop(self: Session, hook: str, **arguments: object) -> None:
+        if arguments.get("step") == 8:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Session, "_notify", stop)
+    assert call("train", str(sampled))[0] != 0
+    monkeypatch.undo()
+    code, text = call("resume", f"{tmp_path}/run")
+    assert (code, text.splitlines()[-1]) == (0, kept_verdict(tmp_path / "run"))
+    assert growth(tmp_path / "run") in text
