@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import json
+import math
 import os
 import re
 import subprocess
@@ -11,16 +13,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from prefopt.bench.plan import make_plan
 from prefopt.components import Algorithm
-from prefopt.config import run_from, stages_of
+from prefopt.config import Stage, run_from, stages_of
 from prefopt.config.judging import JudgingConfig
 from prefopt.config.load import validated
 from prefopt.config.making import Constitution
 from prefopt.config.models import SuiteConfig
 from prefopt.config.yaml import parse
+from prefopt.data.render import Renderer, load_tokenizer
+from prefopt.engine.models import open_model
+from prefopt.engine.rollout import draw
+from prefopt.pipeline import checked, run_stages
+from prefopt.rows import Prompt
 from prefopt.testing import check_algorithm
+from prefopt.testing.tiny import tiny_rows, write_rows
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "benchmarks").glob("*.md")])
@@ -92,6 +101,53 @@ def test_configurations_are_valid(page, plugins, tmp_path):
         else:  # a part of a run
             whole = "prefopt: 1\nmodel: {path: x}\ndata: {source: replies}\nalgorithm: {name: sft}\nrun: {dir: x}\n"
             run_from(parse(whole, "whole").merged(document), plugins.find)
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+
+@pytest.fixture
+def self_play(tiny_model, plugins, tmp_path) -> list[Stage]:
+    """The stages of self-play as they are written, with a tiny model, its rows and two steps in each, all run."""
+    (text,) = (text for text in blocks(ROOT / "docs/how-to/rlaif.md", "yaml") if "self_play" in text)
+    document = parse(text, "rlaif.md")
+    source = {"source": "jsonl", "path": str(write_rows(tmp_path / "rows.jsonl", tiny_rows("demonstration")))}
+    settings = {"dir": str(tmp_path), "seed": 0, "steps": 2, "device": "cpu", "threads": 1}
+    document.data |= {"data": source, "run": settings, "optim": {"lr": 0.01, "batch_size": 8}}
+    document.data["sampler"]["max_new_tokens"] = 6
+    document.data["stages"][0] |= {"model": {"path": str(tiny_model)}, "run": {}}
+    stages = checked(document, plugins)
+    finished = [line.partition(": finished: ")[0] for line in run_stages(stages, plugins) if ": finished: " in line]
+    assert finished == [stage.name for stage in stages]
+    return stages
+
+
+def replies_of(stage: Stage) -> list[str]:
+    """What the model of a stage replies to the tiny prompts, drawn without the stage."""
+    path, sampler = stage.config.model.path, stage.config.sampler
+    model = open_model(path, torch.device("cpu"))
+    prompts = [Prompt(prompt=row["prompt"], index=i) for i, row in enumerate(tiny_rows("demonstration"))]
+    groups = draw(sampler.open(model), Renderer(load_tokenizer(path), model.positions), prompts, 1, 0, "stage")
+    return [group.completions[0].text for group in groups]
+
+
+def test_each_round_of_self_play_is_dpo_against_the_model_that_drew(self_play, tmp_path):
+    """Its loss begins at log 2, that of a policy which is its reference, and both rounds learn from replies of their
+    own."""
+    sft, *rounds = self_play
+    assert [stage.name for stage in rounds] == ["draws-1", "round-1", "draws-2", "round-2"]
+    worse = []
+    for draws, trained, before in ((*rounds[:2], sft), (*rounds[2:], rounds[1])):
+        assert draws.config.model.path == trained.config.model.path == before.product
+        rows = read(tmp_path / draws.name / "rows.jsonl")
+        assert [row["chosen"] for row in rows] == [row["completion"] for row in tiny_rows("demonstration")]
+        worse.append([row["rejected"] for row in rows])
+        assert worse[-1] == replies_of(draws)
+        first, last = (line["loss/total"] for line in read(tmp_path / trained.name / "metrics.jsonl"))
+        assert first == pytest.approx(math.log(2), abs=1e-6)
+        assert last < first - 1e-3
+    assert worse[0] != worse[1]
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "benchmarks/suites").glob("*.yaml")), ids=identity)
