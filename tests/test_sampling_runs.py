@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import string
 import threading
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ import pytest
 import torch
 
 from prefopt.api import Completion, Draw, Loss, Needs, RewardSource, Role, RolloutAlgorithm, Score
+from prefopt.builtin.continuous import Continuous
 from prefopt.builtin.samplers import Plain
 from prefopt.errors import ConfigError, ServiceError
 from prefopt.plugins import Plugins, load
@@ -175,7 +177,7 @@ class Stranger(Plain):
 
 
 class Met:
-    """A reward and a sampler that wait for each other: neither comes to an end before the other is at work."""
+    """A reward and samplers that wait for each other: neither comes to an end before the other is at work."""
 
     scoring, drawn = threading.Event(), threading.Event()
 
@@ -187,9 +189,7 @@ class Met:
             assert Met.drawn.wait(60), "nothing is drawn while this is scored"
             return super().score(groups)
 
-    class Drawing(Plain):
-        name = "toy_met"
-
+    class Drawing:
         def open(self, model, other=None, mix=0.0):
             drawer = super().open(model, other, mix)
 
@@ -202,6 +202,12 @@ class Met:
 
             return drawn
 
+    class DrawingPlain(Drawing, Plain):
+        name = "toy_met_plain"
+
+    class DrawingContinuous(Drawing, Continuous):
+        name = "toy_met_continuous"
+
 
 SECTIONS = {
     "algorithm": {"name": "toy_reinforce"},
@@ -210,6 +216,10 @@ SECTIONS = {
     "optim": {"lr": 2e-2, "batch_size": 8, "schedule": "constant", "warmup": 0.0},
     "run": {"steps": 4},
 }
+LETTERS = list(string.ascii_letters)
+"""Half of all tokens: replies that end there differ in length."""
+SLOTS = {"name": "continuous", "slots": 5, "stop": LETTERS}
+"""Longer prompts first, and a slot goes to the next reply when one ends: they come in another order than their rows."""
 
 
 def run(model: Path, folder: Path, found: Plugins, resume: bool = False, **sections) -> Result:
@@ -386,9 +396,13 @@ def test_asking_again_is_counted_and_then_ends_the_run(tiny_model, tmp_path, fou
     assert Digits.calls[-3:] == [8, 1, 1]  # the whole step, then the group alone
 
 
+@pytest.mark.parametrize("sampler", [{"name": "plain"}, SLOTS], ids=["plain", "continuous"])
 @pytest.mark.parametrize("algorithm", ["toy_reinforce", "toy_greedy"])
-def test_rewards_may_be_asked_for_while_others_are_drawn_with_the_same_result(tiny_model, tmp_path, found, algorithm):
+def test_rewards_may_be_asked_for_while_others_are_drawn_with_the_same_result(
+    tiny_model, tmp_path, found, algorithm, sampler
+):
     sections = {"algorithm": {"name": algorithm}, "run": {"steps": 2}, "rollout": {"on_missing": "drop_sample"}}
+    sections["sampler"] = {**sampler, "max_new_tokens": 6}
     sections["reward"] = {"name": "toy_digits", "broken": [5, 9, 11]}
     whole = run(tiny_model, tmp_path / "whole", found, **sections)
     sections["rollout"]["overlap"] = 3
@@ -396,12 +410,16 @@ def test_rewards_may_be_asked_for_while_others_are_drawn_with_the_same_result(ti
     assert Digits.calls == [8, 8, 3, 3, 2, 3, 3, 2]
     for name in ("metrics.jsonl", "rollouts.parquet", "model/model.safetensors"):
         assert (whole.folder / name).read_bytes() == (parts.folder / name).read_bytes()
+    assert max(m["sampler/gap"] for m in metrics(parts.folder)) < 1e-5  # each reply is beside its own prompt
 
 
-def test_a_reward_is_at_work_while_replies_are_drawn(tiny_model, tmp_path, found):
+@pytest.mark.parametrize("drawing", [Met.DrawingPlain, Met.DrawingContinuous])
+def test_a_reward_is_at_work_while_replies_are_drawn(tiny_model, tmp_path, found, drawing):
+    Met.scoring.clear()
+    Met.drawn.clear()
     found.registry.add(Met.Reward, "test", "0")
-    found.registry.add(Met.Drawing, "test", "0")
-    sampler = {"name": "toy_met", "max_new_tokens": 6}
+    found.registry.add(drawing, "test", "0")
+    sampler = {"name": drawing.name, "max_new_tokens": 6}
     run(
         tiny_model,
         tmp_path,
