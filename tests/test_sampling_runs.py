@@ -11,11 +11,13 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from typing import ClassVar
 
 import pyarrow.parquet
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from prefopt.api import Completion, Draw, Loss, Needs, RewardSource, Role, RolloutAlgorithm, Score
 from prefopt.builtin.continuous import Continuous
@@ -23,7 +25,7 @@ from prefopt.builtin.samplers import Plain
 from prefopt.errors import ConfigError, ServiceError
 from prefopt.plugins import Plugins, load
 from prefopt.session import Result, Session, train
-from prefopt.testing.tiny import tiny_config
+from prefopt.testing.tiny import build_tiny, tiny_config
 
 
 class Reinforce(RolloutAlgorithm):
@@ -248,6 +250,38 @@ def test_the_reward_rises_and_everything_drawn_is_kept_as_a_table(tiny_model, tm
     first = [row["score"] for row in table if row["step"] == 0]
     assert sum(first) / len(first) == pytest.approx(rewards[0])
     assert not (result.folder / "journal").exists()
+
+
+def surprises(model, prompt: list[int], ids: list[int]) -> list[float]:
+    """The negative log-probability of each token of one reply, read alone."""
+    with torch.no_grad():
+        logits = model(torch.tensor([[*prompt, *ids]])).logits[0, len(prompt) - 1 : -1]
+    return [-row[i].item() for row, i in zip(logits.log_softmax(-1), ids, strict=True)]
+
+
+def test_perplexity_under_the_base_is_that_of_every_token_drawn(tiny_model, tmp_path, found):
+    """Against another model than the policy, row by row in float64; replies differ in length."""
+    build_tiny(tmp_path / "base", seed=1)
+    sections = {"algorithm": {"name": "toy_reinforce", "reference": True}, "run": {"steps": 2}}
+    sections |= {"reference": {"path": str(tmp_path / "base")}}
+    sections |= {"sampler": {"name": "continuous", "max_new_tokens": 6, "stop": LETTERS}}
+    result = run(tiny_model, tmp_path / "run", found, **sections)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float64)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "base")
+    table = pyarrow.parquet.read_table(result.folder / "rollouts.parquet").to_pylist()
+    assert len({len(row["ids"]) for row in table}) > 3
+    for step, line in enumerate(metrics(result.folder)):
+        drawn = [(tokenizer(row["prompt"])["input_ids"], row["ids"]) for row in table if row["step"] == step]
+        mean = fmean(nll for prompt, ids in drawn for nll in surprises(base, prompt, ids))
+        assert line["completion/base_perplexity"] == pytest.approx(math.exp(mean), rel=1e-5)
+
+
+def test_perplexity_under_the_base_is_not_told_at_another_temperature(tiny_model, tmp_path, found):
+    sections = {"algorithm": {"name": "toy_reinforce", "reference": True}, "run": {"steps": 1}}
+    sections |= {"sampler": {"name": "plain", "max_new_tokens": 6, "temperature": 0.5}}
+    (line,) = metrics(run(tiny_model, tmp_path / "run", found, **sections).folder)
+    assert "reward/mean" in line
+    assert "completion/base_perplexity" not in line
 
 
 def test_samples_used_once_are_as_likely_as_the_sampler_says(tiny_model, tmp_path, found):
