@@ -11,7 +11,7 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import ClassVar
 
 import pyarrow.parquet
@@ -282,6 +282,30 @@ def test_perplexity_under_the_base_is_not_told_at_another_temperature(tiny_model
     (line,) = metrics(run(tiny_model, tmp_path / "run", found, **sections).folder)
     assert "reward/mean" in line
     assert "completion/base_perplexity" not in line
+
+
+def standardised(values: list[float]) -> list[float]:
+    return [(x - fmean(values)) / (stdev(values) + 1e-4) for x in values]
+
+
+def test_several_rewards_are_summed_before_a_method_standardises_them(tiny_model, tmp_path, found, monkeypatch):
+    """GRPO's advantages are those of the sums, not the sum of the advantages of the parts."""
+    method, seen = found.find("algorithm", "grpo"), []
+    prepare = method.prepare
+    monkeypatch.setattr(method, "prepare", lambda *given: seen.append(prepare(*given)) or seen[-1])
+    parts = [{"source": {"name": "toy_digits"}, "weight": 10.0}]
+    parts += [{"source": {"name": "repetition", "n": 1, "unit": "characters"}}]
+    sections = {"algorithm": {"name": "grpo", "n": 4}, "reward": {"name": "weighted", "parts": parts}}
+    result = run(tiny_model, tmp_path / "run", found, run={"steps": 1}, **sections)
+    table = pyarrow.parquet.read_table(result.folder / "rollouts.parquet").to_pylist()
+    texts = [[row["completion"] for row in table[i : i + 4]] for i in range(0, len(table), 4)]
+    ones = [[10 * text.count("1") / max(len(text), 1) for text in group] for group in texts]
+    again = [[len(set(text)) / max(len(text), 1) - bool(text) for text in group] for group in texts]
+    sums = [[x + y for x, y in zip(*both, strict=True)] for both in zip(ones, again, strict=True)]
+    expected = [x for group in sums for x in standardised(group)]
+    assert seen[0].advantages[:, 0].tolist() == pytest.approx(expected, abs=1e-4)
+    apart = [x + y for both in zip(ones, again, strict=True) for x, y in zip(*map(standardised, both), strict=True)]
+    assert max(abs(x - y) for x, y in zip(expected, apart, strict=True)) > 0.5
 
 
 def test_samples_used_once_are_as_likely_as_the_sampler_says(tiny_model, tmp_path, found):
