@@ -561,6 +561,32 @@ def test_a_paired_method_runs_on_pairs_of_its_own_samples(tiny_model, tmp_path, 
 
 
 @pytest.mark.parametrize(
+    ("reference", "same"),
+    [
+        ({"every": 2, "mix": 1.0}, [True, False, True, False, True]),
+        ({"mode": "resident"}, [True, False, False, False, False]),
+    ],
+    ids=["rounds of two steps", "one round"],
+)
+def test_a_round_of_iterative_dpo_begins_at_the_policy_that_the_last_one_ended_with(
+    tiny_model, tmp_path, found, monkeypatch, reference, same
+):
+    """At the first step of a round the reference's log-probabilities are the policy's own."""
+    method, gaps = found.find("algorithm", "iterative_dpo"), []
+    loss = method.loss
+
+    def measured(self, batch, policy):
+        gaps.append((policy.logps.detach() - batch.reference_logps)[batch.mask].abs().max().item())
+        return loss(self, batch, policy)
+
+    monkeypatch.setattr(method, "loss", measured)
+    sections = {"algorithm": {"name": "iterative_dpo"}, "reference": reference, "run": {"steps": 5}}
+    run(tiny_model, tmp_path / "run", found, **sections)
+    assert [gap < 1e-5 for gap in gaps] == same
+    assert all(gap < 1e-5 or gap > 1e-3 for gap in gaps)
+
+
+@pytest.mark.parametrize(
     ("sections", "message"),
     [
         ({"reward": None}, "reward: algorithm `toy_reinforce` learns from scored replies, and nothing scores them"),

@@ -102,8 +102,8 @@ class OnlineDPO(OnlinePairs):
 
 
 class IterativeDPO(OnlineDPO):
-    """Iterative DPO: the best of n samples against the worst. With `reference: {every: K}` each K steps are a round,
-    which begins at the policy that the last one ended with."""
+    """Iterative DPO: the best of n samples against the worst. With `reference: {every: K, mix: 1.0}` each K steps are a
+    round, which begins at the policy that the last one ended with."""
 
     name = "iterative_dpo"
     paper = "Xiong et al. 2023, arXiv:2312.11456"
