@@ -10,6 +10,7 @@ import sys
 import sysconfig
 import tempfile
 from pathlib import Path
+from zipfile import ZipFile
 
 import pytest
 
@@ -103,6 +104,13 @@ def config(tmp_path, tiny_model) -> Path:
         f"algorithm: {{name: dpo}}\nrun: {{dir: {tmp_path}/run, steps: 2, device: cpu}}\n"
     )
     return path
+
+
+def test_kernels_come_with_the_wheel(wheels):
+    """They are compiled where they are wanted."""
+    sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / "prefopt").rglob("*.cpp")}
+    assert len(sources) == 2
+    assert sources <= set(ZipFile(wheels["core"]).namelist())
 
 
 def test_dpo_comes_and_goes_with_its_wheel(wheels, tmp_path, config):
