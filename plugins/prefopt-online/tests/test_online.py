@@ -33,18 +33,20 @@ def numbers(seed: int, scale: float = 1.0) -> list[list[float]]:
     return [(torch.randn(n, generator=generator, dtype=torch.double) * scale).tolist() for n in LENGTHS]
 
 
-OLD, REFERENCE, LIVE = numbers(0, 0.5), numbers(1, 0.5), numbers(2, 0.5)
+OLD, REFERENCE, LIVE, SAMPLED = (numbers(seed, 0.5) for seed in range(4))
 RATIOS = [[math.exp(p - o) for p, o in zip(live, old, strict=True)] for live, old in zip(LIVE, OLD, strict=True)]
 
 
 def column(rows: list[list[float]]) -> Tensor:
-    return torch.tensor([[*row, *[9.0] * (4 - len(row))] for row in rows], dtype=torch.double)
+    longest = max(map(len, rows))
+    return torch.tensor([[*row, *[9.0] * (longest - len(row))] for row in rows], dtype=torch.double)
 
 
 def batch(**fields: list[float]) -> Batch:
     made = Batch.build([[1] * n for n in LENGTHS], role=[Role.SAMPLE] * 5, group=GROUPS)
     given = {name: torch.tensor(x, dtype=torch.double) for name, x in {"score": SCORES, **fields}.items()}
-    return made.with_columns(**given, old_logps=column(OLD), reference_logps=column(REFERENCE))
+    given |= {"old_logps": column(OLD), "reference_logps": column(REFERENCE), "sampled_logps": column(SAMPLED)}
+    return made.with_columns(**given)
 
 
 def first_advantages(method: SampleMethod, **fields: list[float]) -> list[float]:
@@ -130,11 +132,29 @@ def test_scores_of_others_are_baselines():
     assert found == pytest.approx(expected, abs=1e-12)
 
 
-def test_a_long_reply_loses_up_to_one_point():
-    made = DAPO(overlong=4, cushion=2, scale="none").worth(batch())
-    assert made.tolist() == pytest.approx([s - cost for s, cost in zip(SCORES, [0.5, 0, 1, 0, 0], strict=True)])
-    fifth = DAPO(overlong=4, scale="none").worth(batch()).tolist()
-    assert fifth == pytest.approx([s - cost for s, cost in zip(SCORES, [0, 0, 1, 0, 0], strict=True)])
+def soft_punishment(length: int, most: float, cushion: float) -> float:
+    """Equation 13 of DAPO's paper."""
+    if length <= most - cushion:
+        return 0.0
+    return ((most - cushion) - length) / cushion if length <= most else -1.0
+
+
+@pytest.mark.parametrize(("overlong", "cushion"), [(22, 9), (22, 22), (21, None), (1, 1)])
+def test_a_long_reply_loses_up_to_one_point(overlong, cushion):
+    """From every length up to beyond the limit; a fifth of it is the cushion unless one is given."""
+    sizes = range(1, 26)
+    scores = [0.1 * n for n in sizes]
+    made = Batch.build([[1] * n for n in sizes], role=[Role.SAMPLE] * 25, group=[0] * 25)
+    made = made.with_columns(score=torch.tensor(scores, dtype=torch.double))
+    lost = [soft_punishment(n, overlong, cushion or overlong / 5) for n in sizes]
+    found = DAPO(overlong=overlong, cushion=cushion).worth(made)
+    assert found.tolist() == pytest.approx([x + y for x, y in zip(scores, lost, strict=True)], abs=1e-10)
+
+
+def test_the_advantage_is_of_the_score_that_length_has_lowered():
+    rewards = [score + soft_punishment(n, 4, 3) for score, n in zip(SCORES, LENGTHS, strict=True)]
+    expected = [x - fmean(of_group(i, rewards)) for i, x in enumerate(rewards)]
+    assert first_advantages(DAPO(overlong=4, cushion=3, scale="none")) == pytest.approx(expected, abs=1e-10)
 
 
 # --- objectives -----------------------------------------------------------------------------------------------------
@@ -200,6 +220,64 @@ def test_rloo_clips_the_ratio_of_a_whole_completion():
     whole = [math.prod(row) for row in RATIOS]
     expected = fmean(surrogate(r, a, 0.2, 0.2) for r, a in zip(whole, advantages, strict=True))
     assert loss(RLOO(beta=0.3, inner_epochs=2)) == pytest.approx(expected, abs=1e-10)
+
+
+CAP = 1.1
+
+
+def capped(log_gap: float) -> float:
+    return min(math.exp(log_gap), CAP)
+
+
+def gaps(trainer: list[list[float]]) -> list[list[float]]:
+    """The trainer's log-probability less the sampler's, of every token."""
+    return [[p - s for p, s in zip(own, drawn, strict=True)] for own, drawn in zip(trainer, SAMPLED, strict=True)]
+
+
+def weighed(rows: list[list[float]], trainer: list[list[float]]) -> list[list[float]]:
+    return [
+        [capped(g) * x for g, x in zip(gap, row, strict=True)] for gap, row in zip(gaps(trainer), rows, strict=True)
+    ]
+
+
+WHOLE = [capped(sum(row)) for row in gaps(OLD)]
+GAINS = [[-score * p for p in row] for score, row in zip(SCORES, LIVE, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("method", "expected"),
+    [
+        (GRPO(inner_epochs=2, importance_cap=CAP), of_means(weighed(CLIPPED, OLD)) + 0.04 * of_means(k3())),
+        (BNPO(minibatches=2, importance_cap=CAP, beta=0.0), of_tokens(weighed(CLIPPED, OLD))),
+        (Reinforce(beta=0.0, importance_cap=CAP), fmean(sum(row) for row in weighed(GAINS, LIVE))),
+        (
+            GSPO(inner_epochs=2, importance_cap=CAP),
+            fmean(w * surrogate(r, a, 3e-4, 4e-4) for w, r, a in zip(WHOLE, MEANS, STANDARD, strict=True)),
+        ),
+        (
+            GMPO(inner_epochs=2, importance_cap=CAP),
+            fmean(w * x for w, x in zip(WHOLE, GEOMETRIC, strict=True)),
+        ),
+    ],
+    ids=lambda x: x.name if isinstance(x, SampleMethod) else "",
+)
+def test_a_sampler_that_is_not_quite_the_policy_is_made_up_for_up_to_a_cap(method, expected):
+    """Token by token, or where a loss is that of a completion by the sum over it; the KL of a loss is not weighed."""
+    assert loss(method) == pytest.approx(expected, abs=1e-10)
+
+
+def test_some_of_these_weights_are_capped_and_others_are_not():
+    for log_gaps in (gaps(OLD), gaps(LIVE), [[sum(row) for row in gaps(OLD)]]):
+        assert {capped(g) == CAP for row in log_gaps for g in row} == {True, False}
+
+
+def test_no_gradient_flows_through_the_weight():
+    method = Reinforce(beta=0.0, importance_cap=CAP)
+    logps = column(LIVE).requires_grad_()
+    method.loss(method.prepare(batch(), context()), Policy({"logps": logps})).value.backward()
+    for i, row in enumerate(gaps(LIVE)):
+        expected = [-SCORES[i] * capped(g) / len(SCORES) for g in row]
+        assert logps.grad[i, : LENGTHS[i]].tolist() == pytest.approx(expected, abs=1e-10)
 
 
 # --- the gradient they are samples of -------------------------------------------------------------------------------
@@ -309,6 +387,76 @@ def test_the_best_value_within_reach_is_a_soft_maximum():
         [row(("a", 9.0, OWN), *((c, x, OTHER) for c, x in (("b", 1), ("c", 2))))]
     )
     assert found.fields["value"] == pytest.approx(0.5 * math.log((math.exp(2) + math.exp(4)) / 2), abs=1e-12)
+
+
+def learned(method: RolloutAlgorithm, *rows: Rollout) -> float:
+    """The loss of rows whose completions `a` to `e` are as long and as likely as the five above."""
+    sequences = method.arrange(rows)
+    places = ["abcde".index(s.completion.text) for s in sequences]
+    old, reference, live = (column([x[i] for i in places]) for x in (OLD, REFERENCE, LIVE))
+    fields = {name: [s.fields[name] for s in sequences] for name in method.needs().rows}
+    made = Batch.build(
+        [[1] * LENGTHS[i] for i in places], role=[s.role for s in sequences], group=[s.group for s in sequences]
+    ).with_columns(
+        old_logps=old,
+        reference_logps=reference,
+        **{name: torch.tensor(x, dtype=torch.double) for name, x in fields.items()},
+    )
+    return method.loss(method.prepare(made, context()), Policy({"logps": live})).value.item()
+
+
+def likelihood(text: str, since: list[list[float]] | None = None) -> float:
+    """The log-probability of a completion, or by how much it has grown."""
+    i = "abcde".index(text)
+    return sum(LIVE[i]) - (sum(since[i]) if since else 0.0)
+
+
+def rho(text: str) -> float:
+    return likelihood(text, REFERENCE)
+
+
+def dpo(beta: float, better: str, worse: str) -> float:
+    return math.log(1 + math.exp(-beta * (rho(better) - rho(worse))))
+
+
+def test_raft_imitates_the_best_token_by_token():
+    """One mean over all tokens of `c` and `d`, and not the mean of two means."""
+    rows = row(("a", 1.0, OWN), ("b", 0.5, OWN), ("c", 2.0, OWN)), row(("d", 0.25, OWN), ("e", -1.0, OWN))
+    kept = [*LIVE[2], *LIVE[3]]
+    assert learned(RAFT(), *rows) == pytest.approx(-sum(kept) / len(kept), abs=1e-10)
+
+
+@pytest.mark.parametrize("method", [OnlineDPO(beta=0.3), IterativeDPO(beta=0.3)], ids=lambda m: m.name)
+def test_online_dpo_is_the_loss_of_dpo_on_the_best_and_the_worst(method):
+    rows = row(("a", 1.0, OWN), ("b", 0.5, OWN)), row(("c", 0.0, OWN), ("d", 3.0, OWN), ("e", 1.0, OWN))
+    expected = (dpo(0.3, "a", "b") + dpo(0.3, "d", "c")) / 2
+    assert learned(method, *rows) == pytest.approx(expected, abs=1e-10)
+
+
+def test_xpo_adds_a_bonus_for_leaving_what_the_reference_said():
+    """Algorithm 1 of the paper: α log π of the reference's sample, whether that is the better one or the worse one."""
+    rows = row(("a", 1.0, OWN), ("b", 3.0, OTHER)), row(("c", 2.0, OWN), ("d", -1.0, OTHER))
+    expected = (dpo(0.3, "b", "a") + 0.2 * likelihood("b") + dpo(0.3, "c", "d") + 0.2 * likelihood("d")) / 2
+    assert learned(XPO(beta=0.3, alpha=0.2), *rows) == pytest.approx(expected, abs=1e-10)
+
+
+def test_rebel_regresses_the_difference_of_scores_on_that_of_log_ratios():
+    """Algorithm 1 of the paper. On samples of the policy itself nothing has moved yet; equal scores are kept."""
+    rows = row(("a", 1.0, OWN), ("b", 3.0, OWN)), row(("c", 2.0, OWN), ("d", 2.0, OWN))
+    x = {text: likelihood(text, OLD) for text in "abcd"}
+    expected = (((x["a"] - x["b"]) / 0.7 - (1.0 - 3.0)) ** 2 + ((x["c"] - x["d"]) / 0.7 - 0.0) ** 2) / 2
+    assert learned(REBEL(eta=0.7, inner_epochs=2), *rows) == pytest.approx(expected, abs=1e-10)
+    assert learned(REBEL(eta=0.7), *rows) == pytest.approx((1.0 - 3.0) ** 2 / 2, abs=1e-10)
+
+
+def test_a_star_po_regresses_log_ratios_on_what_is_above_the_best_value():
+    rows = (
+        row(("a", 1.0, OWN), ("b", 1.0, OTHER), ("c", 2.0, OTHER), ("e", -0.5, OTHER)),
+        row(("d", -1.0, OWN), ("e", 0.25, OTHER)),
+    )
+    first = 0.5 * math.log((math.exp(1.0 / 0.5) + math.exp(2.0 / 0.5) + math.exp(-0.5 / 0.5)) / 3)
+    expected = ((0.3 * rho("a") - (1.0 - first)) ** 2 + (0.3 * rho("d") - (-1.0 - 0.25)) ** 2) / 2
+    assert learned(AStarPO(value_beta=0.5, beta=0.3), *rows) == pytest.approx(expected, abs=1e-10)
 
 
 def test_dapo_keeps_groups_it_can_learn_from():
