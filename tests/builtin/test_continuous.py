@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -43,17 +45,48 @@ def probabilities(model: LanguageModel, ids: tuple[int, ...], temperature: float
     return torch.softmax(logits.double() / temperature, -1)
 
 
-def close_calls(model: LanguageModel, wanted: list[Request], a: list[Completion], b: list[Completion]) -> int:
+def close_calls(
+    model: LanguageModel, wanted: list[Request], a: list[Completion], b: list[Completion], temperature: float
+) -> int:
     """How many texts differ; all of them from a token on whose uniform number lies within 1e-5 of a boundary."""
     count = 0
     for request, x, y in zip(wanted, a, b, strict=True):
         if x.ids == y.ids:
             continue
         place = next(k for k, pair in enumerate(zip(x.ids, y.ids, strict=False)) if len(set(pair)) > 1)
-        edges = probabilities(model, request.prompt + x.ids[:place]).cumsum(0)
+        edges = probabilities(model, request.prompt + x.ids[:place], temperature).cumsum(0)
         assert float((edges - uniforms(request, place + 1)[place]).abs().min()) < CLOSE
         count += 1
     return count
+
+
+class TwoWords:
+    """A model whose second token is the first word with probability `p`, at temperature 1.3."""
+
+    def __init__(self, p: float) -> None:
+        self.p = p
+
+    def network(self, ids: torch.Tensor) -> SimpleNamespace:
+        p = self.p if ids.tolist() == [[*PROMPTS[0], 1]] else 0.5
+        logits = 1.3 * torch.tensor([p, 1 - p], dtype=torch.double).log()
+        return SimpleNamespace(logits=logits.expand(1, ids.shape[1], 2))
+
+
+@pytest.mark.parametrize("away", [-5e-6, 5e-6])
+def test_texts_that_part_near_a_boundary_are_counted(away):
+    request = Request(PROMPTS[0], derive("test", 0))
+    model = TwoWords(uniforms(request, 2)[1] + away)
+    one, other = Completion("", ids=(1, 0)), Completion("", ids=(1, 1))
+    assert close_calls(model, [request] * 3, [one] * 3, [other, one, other], 1.3) == 2
+
+
+@pytest.mark.parametrize(("away", "temperature"), [(-5e-5, 1.3), (5e-5, 1.3), (5e-6, 1.0)])
+def test_texts_that_part_elsewhere_are_no_close_call(away, temperature):
+    """Nor are those at a boundary of another temperature."""
+    request = Request(PROMPTS[0], derive("test", 0))
+    model = TwoWords(uniforms(request, 2)[1] + away)
+    with pytest.raises(AssertionError):
+        close_calls(model, [request], [Completion("", ids=(1, 0))], [Completion("", ids=(1, 1))], temperature)
 
 
 # --- the same text ----------------------------------------------------------------------------------------------------
@@ -68,7 +101,7 @@ def expected(model) -> list[Completion]:
 def test_the_text_is_that_of_the_plain_sampler_whatever_is_drawn_beside_it(model, expected, slots, refill):
     wanted = requests(70)[: 12 * slots]
     found = drawn(Continuous(max_new_tokens=24, temperature=1.3, slots=slots, refill=refill), model, wanted)
-    assert close_calls(model, wanted, found, expected[: len(wanted)]) <= 1
+    assert close_calls(model, wanted, found, expected[: len(wanted)], 1.3) <= 1
     assert len({len(c.ids) for c in found}) > 2
     for a, b in zip(found, expected, strict=False):
         if a.ids == b.ids:
