@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 
 import pytest
+import torch
+from transformers import AutoModelForSequenceClassification
 
 from prefopt.api import (
     Completion,
@@ -21,6 +23,9 @@ from prefopt.api import (
 from prefopt.bench.tasks import WinRate
 from prefopt.builtin.judges import GoldJudge, RewardModelJudge
 from prefopt.builtin.rewards import JudgeReward
+from prefopt.config import ModelConfig
+from prefopt.data.render import load_tokenizer
+from prefopt.engine.models import load_classifier
 from prefopt.engine.services import EngineServices
 
 SERVICES = EngineServices(0)
@@ -122,6 +127,44 @@ def test_a_judge_that_rates_is_a_reward_and_one_that_does_not_says_so():
     assert scores(JudgeReward(judge=GoldJudge(reward=Length()), by="rating"), group("a", "aa")) == [[1.0, 2.0]]
     with pytest.raises(PluginError, match="compares replies and does not rate"):
         scores(JudgeReward(judge=First(), by="rating"), group("a"))
+
+
+TEXTS = ("1 2 3", "7", "4 4 4 4")
+
+
+@pytest.fixture
+def classifier(tiny_model, tmp_path) -> tuple[str, dict[str, float]]:
+    """A folder with a reward model, and its scores of `TEXTS` behind the prompt `p`, read with transformers alone."""
+    folder, tokenizer = str(tmp_path / "reward"), load_tokenizer(str(tiny_model))
+    load_classifier(ModelConfig(path=str(tiny_model)), tokenizer, seed=0).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    network = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    found = {}
+    for text in TEXTS:
+        ids = tokenizer("p" + text + tokenizer.eos_token, return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            found[text] = network(ids).logits.item()
+    return folder, found
+
+
+def test_a_reward_model_s_verdict_is_the_sigmoid_of_the_difference(classifier):
+    path, score = classifier
+    pairs = [(a, b) for a in TEXTS for b in TEXTS]
+    verdicts = RewardModelJudge(path=path, temperature=0.5).open(SERVICES)([pair(a, b) for a, b in pairs])
+    expected = [1 / (1 + math.exp(-(score[a] - score[b]) / 0.5)) for a, b in pairs]
+    assert [v.a_better for v in verdicts] == pytest.approx(expected, abs=1e-5)
+    assert [v.tie for v in verdicts] == [0.0] * 9
+    assert min(abs(p - 0.5) for p, (a, b) in zip(expected, pairs, strict=True) if a != b) > 0.01
+
+
+def test_a_reward_model_at_temperature_zero_prefers_the_higher_score_and_rates_by_it(classifier):
+    path, score = classifier
+    judge = RewardModelJudge(path=path, temperature=0.0)
+    low, _, high = sorted(TEXTS, key=score.__getitem__)
+    found = judge.open(SERVICES)([pair(high, low), pair(low, high), pair(low, low)])
+    assert [(v.a_better, v.tie) for v in found] == [(1.0, 0.0), (0.0, 0.0), (0.0, 1.0)]
+    (rated,) = judge.open_rating(SERVICES)([group(*TEXTS)])
+    assert [s.value for s in rated] == pytest.approx([score[text] for text in TEXTS], abs=1e-5)
 
 
 def test_a_reward_model_that_is_not_there_is_named():
