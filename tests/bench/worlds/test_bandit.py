@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from dataclasses import replace
 from statistics import fmean, stdev
 
 import pytest
@@ -27,6 +29,7 @@ from prefopt.engine.models import build, open_model
 from prefopt.engine.rollout import draw
 from prefopt.engine.services import EngineServices
 from prefopt.errors import ConfigError
+from prefopt.maths import kl_estimate
 from prefopt.rows import Completion, Prompt, Rollout
 
 REWARDS = [1.0, -0.5, 0.25]
@@ -88,21 +91,51 @@ def test_the_reference_itself_has_closed_nothing():
     assert found["exact_kl"] == 0
 
 
-def test_what_a_model_is_drawn_to_say_agrees_with_the_sums(tmp_path):
-    """Reward and KL of a thousand draws lie within four standard errors of the exact ones."""
-    for name, seed in (("policy", 0), ("reference", 1)):
-        build(Bandit().recipe(), tmp_path / name, seed)
-    policy, other = (open_model(str(tmp_path / name), torch.device("cpu")) for name in ("policy", "reference"))
+@pytest.fixture(scope="module", params=[0.1, 0.25], ids=["as built", "far from the reference"])
+def measured(request, tmp_path_factory) -> tuple[list[Rollout], list[float], Mapping[str, float]]:
+    """Four thousand draws of a policy, the log-ratio of each, and the exact sums. A policy of larger weights is further
+    from the reference: KL is 1.8 nats then, and 0.7 otherwise."""
+    folder, recipe = tmp_path_factory.mktemp("bandit"), Bandit().recipe()
+    scaled = replace(recipe, config={**recipe.config, "initializer_range": request.param})
+    for name, made, seed in (("policy", scaled, 0), ("reference", recipe, 1)):
+        build(made, folder / name, seed)
+    policy, other = (open_model(str(folder / name), torch.device("cpu")) for name in ("policy", "reference"))
     renderer = Renderer(policy.tokenizer, None)
     rows = [Prompt(prompt=prompt, index=i) for i, prompt in enumerate(LETTERS)]
-    drawn = draw(Plain(max_new_tokens=LONGEST).open(policy), renderer, rows, 250, "bandit")
+    drawn = draw(Plain(max_new_tokens=LONGEST).open(policy), renderer, rows, 1000, "bandit")
     subject = Measured(rows, EngineServices(0, torch.device("cpu")), renderer, policy=policy, other=other)
-    found = BanditGap().evaluate(subject)
-    rewards = [score.value for group in BanditReward().score(drawn) for score in group]
     ratios = [ratio for group in subject.log_ratios(drawn) for ratio in group]
-    for name, sample in (("exact_reward", rewards), ("exact_kl", ratios)):
-        assert abs(fmean(sample) - found[name]) < 4 * stdev(sample) / math.sqrt(len(sample))
-    assert found["exact_kl"] > 0
+    return drawn, ratios, BanditGap().evaluate(subject)
+
+
+def error(sample: list[float]) -> float:
+    """The standard error of its mean."""
+    return stdev(sample) / math.sqrt(len(sample))
+
+
+def test_what_a_model_is_drawn_to_say_agrees_with_the_sums(measured):
+    """The mean reward of the draws lies within four standard errors of the exact one."""
+    drawn, _, exact = measured
+    rewards = [score.value for group in BanditReward().score(drawn) for score in group]
+    assert abs(fmean(rewards) - exact["exact_reward"]) < 4 * error(rewards)
+
+
+def estimates(ratios: list[float], estimator: str) -> list[float]:
+    return kl_estimate(torch.tensor(ratios, dtype=torch.double), estimator).tolist()
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k3"])
+def test_unbiased_estimates_of_kl_agree_with_the_sums(measured, estimator):
+    """Within four standard errors, which are less than half of what is estimated."""
+    _, ratios, exact = measured
+    found = estimates(ratios, estimator)
+    assert abs(fmean(found) - exact["exact_kl"]) < 4 * error(found) < exact["exact_kl"] / 2
+
+
+def test_the_biased_estimate_of_kl_does_not(measured):
+    _, ratios, exact = measured
+    found = estimates(ratios, "k2")
+    assert abs(fmean(found) - exact["exact_kl"]) > 4 * error(found)
 
 
 def test_a_model_of_another_world_is_refused():
