@@ -7,7 +7,7 @@ WORKLOAD is made by `compare/workload.py`. `generate` gets n copies of every pro
 until the longest completion ends. Greedy texts of both sides are compared first and must be equal. Then they draw in
 turn, each in a process of its own; all are in memory at once. *uneven*: an untrained model hardly ever ends by itself,
 so a constant is added to the end's logit that makes MEAN tokens the mean length, a geometric distribution cut at
-LONGEST; the other side continues the same prompts to the lengths that ours had drawn, each row until it is done.
+LONGEST; the other side continues the same prompts to the lengths that ours had drawn.
 *equal*: no completion ends before EQUAL tokens. What counts are tokens of completions, with their end,
 without padding, by the clock and by the processor time of the process, which a busy machine disturbs less. Where all
 rows fit into the slots, every step reads every weight once: how many GB a second of them, at least, is told beside what
@@ -298,10 +298,10 @@ def main() -> None:
         parser.error("--vllm is its CPU build: leave --device out")
     if options.eager and not options.vllm:
         parser.error("--eager is for --vllm")
-    from prefopt.bench.report import commit_of
+    from prefopt.bench.report import short_commit
 
     settings = {"mean": MEAN, "longest": LONGEST, "equal": EQUAL, "before": BEFORE}
-    settings |= {"blocks": options.blocks, "commit": commit_of()[:7]}
+    settings |= {"blocks": options.blocks, "commit": short_commit()}
     settings |= {name: getattr(options, name) for name in (*SIZES, "device")} | {"torch": torch.__version__}
     found = json.loads(options.out.read_text("utf-8")) if options.out.exists() else {}
     if options.vllm:

@@ -400,8 +400,14 @@ def _stopping_after(step: int) -> Callable[..., None]:
     return notify
 
 
-def test_a_run_stopped_between_steps_goes_on_to_the_same_bytes(tiny_model, tmp_path, found, monkeypatch):
-    sections = {"algorithm": {"name": "toy_reinforce", "minibatches": 2, "reference": True}}
+@pytest.mark.parametrize("lacking", [(), (5, 9)])
+def test_a_run_stopped_between_steps_goes_on_to_the_same_bytes(tiny_model, tmp_path, found, monkeypatch, lacking):
+    """Also where some replies have no score."""
+    sections = {
+        "algorithm": {"name": "toy_reinforce", "minibatches": 2, "reference": True},
+        "reward": {"name": "toy_digits", "broken": list(lacking)},
+        "rollout": {"on_missing": "drop_sample"},
+    }
     checkpoint = {"steps": 5, "checkpoint": {"every": 2}}
     whole = run(tiny_model, tmp_path / "whole", found, run=checkpoint, **sections)
 
@@ -415,6 +421,8 @@ def test_a_run_stopped_between_steps_goes_on_to_the_same_bytes(tiny_model, tmp_p
     assert len(Digits.calls) == 2  # the third step's scores come from the journal
     for name in ("metrics.jsonl", "model/model.safetensors", "rollouts.parquet"):
         assert (part.folder / name).read_bytes() == (whole.folder / name).read_bytes(), name
+    table = pyarrow.parquet.read_table(part.folder / "rollouts.parquet").to_pylist()
+    assert {row["row"] for row in table if not row["used"]} == {*lacking}
 
 
 @pytest.mark.parametrize("nan", [False, True])

@@ -37,7 +37,7 @@ from typing import Any
 
 from worker import BETA, PROMPTS, SAMPLES, TOKENS
 
-from prefopt.bench.report import commit_of
+from prefopt.bench.report import short_commit
 
 HERE = Path(__file__).parent
 STEPS = 2
@@ -291,7 +291,7 @@ def compare(
     peers = {"seconds_by_rows_at_a_time": searched, "refused_rows_at_a_time": REFUSED.get(method, ())}
     return {
         "date": date.today().isoformat(),
-        "commit": commit_of()[:7],
+        "commit": short_commit(),
         "versions": {side.name: side.ready["versions"] for side in sides[:2]},
         "equality": equal,
         "needed_gflop": work,
@@ -329,7 +329,7 @@ def once(python: str, workload: Path, method: str, rows: int, precision: str) ->
         mine, theirs = (side[name] for side in found.values())
         if abs(mine - theirs) > limit * abs(theirs):
             raise SystemExit(f"{method}: {name} of the two sides differs")
-    return {"date": date.today().isoformat(), "commit": commit_of()[:7], "first_step": found}
+    return {"date": date.today().isoformat(), "commit": short_commit(), "first_step": found}
 
 
 def main() -> None:

@@ -33,7 +33,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from worker import roof
 
-from prefopt.bench.report import commit_of
+from prefopt.bench.report import short_commit
 from prefopt.engine.loop import Loop
 
 STEPS = 3
@@ -158,7 +158,7 @@ def main() -> None:
     found: dict[str, Any] = json.loads(out.read_text("utf-8")) if out.exists() else {}
     with tempfile.TemporaryDirectory() as folder:
         for name in sys.argv[4:] or parts:
-            made = {"commit": commit_of()[:7], "date": date.today().isoformat(), "roof_gflops": roof()}
+            made = {"commit": short_commit(), "date": date.today().isoformat(), "roof_gflops": roof()}
             found[name] = made | parts[name](source, Path(folder))
             out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(found, indent=1))

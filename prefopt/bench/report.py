@@ -121,6 +121,12 @@ def build_report(suite: SuiteConfig, cells: Sequence[CellResult], failures: Sequ
     return Report.model_validate(redact(report.model_dump(mode="json")))
 
 
+def short_commit() -> str:
+    """The first seven letters of prefopt's commit, with the `+` of `commit_of`."""
+    commit = commit_of()
+    return commit[:7] + commit[40:]
+
+
 def commit_of(file: Path = Path(prefopt.__file__)) -> str:
     """The git commit of a source file, `+` when a tracked file was changed since; empty when its repository does not
     track it, as when it is installed somewhere inside another project's checkout."""

@@ -67,7 +67,8 @@ inline auto zeros(std::integer_sequence<int, I...>) {
 template <int R, int M, int N>
 inline void add_product(const float* a, int64_t a_step, const float* b, float* c, int64_t c_step) {
   using U = Unit<N>;
-  constexpr int WIDTH = sizeof(U) / sizeof(float), COUNT = N % (4 * WIDTH) == 0 && R == 1 ? 4 : N % (2 * WIDTH) == 0 ? 2 : 1;
+  constexpr int WIDTH = sizeof(U) / sizeof(float);
+  constexpr int COUNT = N % (4 * WIDTH) == 0 && R == 1 ? 4 : N % (2 * WIDTH) == 0 ? 2 : 1;
   const c10::ForcedUnroll<R> each_row;
   const c10::ForcedUnroll<COUNT> each_unit;
   for (int n = 0; n < N; n += COUNT * WIDTH) {

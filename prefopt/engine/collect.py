@@ -95,7 +95,7 @@ class Collector:
         lacking = [(group, k, x) for group, own in scored for k, x in enumerate(own) if x.value is None]
         if lacking:
             group, k, score = lacking[0]
-            more = f", and {len(lacking) - 1} more (rollouts.parquet has them all)" if len(lacking) > 1 else ""
+            more = f", and {len(lacking) - 1} more (rollouts.parquet will have them all)" if len(lacking) > 1 else ""
             self.warn(f"{_place(step, group)}: {_lack(group, k, score)}{more}")
 
     def _others(self, step: int, attempt: int, count: int, taken: set[int]) -> list[int]:

@@ -19,7 +19,8 @@ TABLE: Final = "rollouts.parquet"
 
 
 class Unused(NamedTuple):
-    """Replies that a step went without: a group that was refused or lacks scores, or what of it lacks one."""
+    """Replies that a step went without: a whole group that was refused or left out, or those of a group that have no
+    score."""
 
     group: Rollout
     reasons: List[str | None]

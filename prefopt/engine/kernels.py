@@ -76,8 +76,8 @@ def attend(asked: Asked, step: Step) -> Tensor:
 
 
 class Panels(Product):
-    """Matrices lie in panels, as `product.cpp` has them: for few rows as fast as memory gives them, and no slower than
-    what `Product` takes for many."""
+    """Matrices lie in panels, as `product.cpp` has them: for few rows as fast as memory gives them, and up to
+    128 no slower than what `Product` takes."""
 
     def pack(self, matrix: Tensor) -> Tensor:
         (high, wide), (kernel, panel) = matrix.shape, _product_kernel()
@@ -88,7 +88,8 @@ class Panels(Product):
     def compute(self, input: Tensor) -> Tensor:
         (kernel, panel), high, wide = _product_kernel(), sum(self.sizes), input.shape[-1]
         assert self.packed is not None
-        assert self.packed.shape[:2] == (-(-high // panel), wide)
+        if input.dtype != torch.float32 or self.packed.shape[:2] != (-(-high // panel), wide):
+            raise RuntimeError(f"rows of {wide} numbers in {input.dtype} do not fit the matrix")
         given, out = input.contiguous(), input.new_empty(*input.shape[:-1], high)
         pointers = (x.data_ptr() for x in (given, self.packed, out))
         kernel.product(*pointers, input.numel() // wide, wide, high, torch.get_num_threads())

@@ -1,5 +1,5 @@
-// Products of rows with a large matrix, in float32. The matrix lies in panels: [panels, M, PANEL], which are its outputs
-// in pieces of PANEL, the last one filled with 0. So memory gives it in one stream, and is what few rows wait for.
+// Products of rows with a large matrix, in float32. The matrix lies in panels: [panels, M, PANEL], which are its
+// outputs in pieces of PANEL, the last one filled with 0. So memory gives it in one stream, and few rows wait for it.
 
 #include <torch/csrc/inductor/cpp_prefix.h>
 #include <ATen/cpu/vec/functional.h>

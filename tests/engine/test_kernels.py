@@ -148,8 +148,9 @@ def test_products_are_those_of_the_formula(wide, high, rows, bias, threads):
 
 
 @torch.no_grad()
-def test_a_product_with_rows_of_another_size_is_refused():
+def test_a_product_of_rows_of_another_size_or_precision_is_refused():
     product = Panels([nn.Linear(8, 8)])
     product.ready()
-    with pytest.raises(AssertionError):
-        product.whole(numbers(2, 9))
+    for x in (numbers(2, 9), numbers(2, 8).double()):
+        with pytest.raises(RuntimeError, match="do not fit the matrix"):
+            product.whole(x)
