@@ -448,7 +448,8 @@ def test_what_could_not_be_scored_is_left_out_and_counted(tiny_model, tmp_path, 
     assert [(row["row"], row["reason"]) for row in sorted(lacking, key=lambda row: row["row"])] == [
         (row, "the scale is broken") for row in (5, 9)
     ]
-    assert all((row["reason"] is None) == (row["score"] is not None) for row in unused)
+    others = {row["reason"] for row in unused if row["score"] is not None}
+    assert others == ({"another reply of its group has no score"} if policy == "drop_group" else set())
     said = re.findall(
         r"step \d, row \d: reply 2 of 4 could not be scored: the scale is broken", capsys.readouterr().out
     )
@@ -545,7 +546,8 @@ def test_groups_that_are_not_kept_are_replaced_by_other_prompts(tiny_model, tmp_
     table = pyarrow.parquet.read_table(result.folder / "rollouts.parquet").to_pylist()
     used, refused = ({row["row"] for row in table if row["used"] == wanted} for wanted in (True, False))
     assert (len(used), len(refused)) == (8, 3)
-    assert all(row["score"] is not None and row["reason"] is None for row in table)
+    assert all(row["score"] is not None for row in table)
+    assert {(row["used"], row["reason"]) for row in table} == {(True, None), (False, "its group was refused")}
     assert result.budget["sampled"] == sum(len(row["ids"]) for row in table)  # what was not kept was drawn too
 
 

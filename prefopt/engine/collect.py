@@ -80,7 +80,11 @@ class Collector:
             usable = [self._usable(step, *pair) for pair in new]
             good = [None if group is None or not self.keep(group) else group for group in usable]
             kept += [group for group in good if group is not None]
-            unused += [left for pair, group in zip(new, good, strict=True) if (left := _unused(*pair, group))]
+            unused += [
+                left
+                for pair, whole, group in zip(new, usable, good, strict=True)
+                if (left := _unused(*pair, whole, group))
+            ]
             again = good.count(None) - usable.count(None)
             refused += again
             wanted = self._others(step, attempt, again, taken)
@@ -218,12 +222,13 @@ def _lack(group: Rollout, k: int, score: Score, asked: str = "") -> str:
     return f"reply {k + 1} of {len(group.completions)} could not be scored{asked}: {score.reason}"
 
 
-def _unused(group: Rollout, scores: List[Score], kept: Rollout | None) -> Unused | None:
+def _unused(group: Rollout, scores: List[Score], usable: Rollout | None, kept: Rollout | None) -> Unused | None:
     """The replies that the step goes without: all unless some of the group are kept, else those without a score."""
     left = [k for k, score in enumerate(scores) if kept is None or score.value is None]
     if not left:
         return None
-    reasons = [scores[k].reason if scores[k].value is None else None for k in left]
+    with_score = "another reply of its group has no score" if usable is None else "its group was refused"
+    reasons = [with_score if scores[k].value is not None else scores[k].reason or "no score" for k in left]
     return Unused(group.scored([score.value for score in scores]).select(left), reasons)
 
 

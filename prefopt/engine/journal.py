@@ -23,8 +23,8 @@ class Unused(NamedTuple):
     score."""
 
     group: Rollout
-    reasons: List[str | None]
-    """Why each reply has no score; None for one that has."""
+    reasons: List[str]
+    """Why the step goes without each of them."""
 
 
 @dataclass(frozen=True)
