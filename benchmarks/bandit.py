@@ -19,6 +19,7 @@ from statistics import fmean
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from prefopt.bench.report import short_commit
 from prefopt.bench.worlds.bandit import LETTERS, LONGEST, VOCABULARY, Exact, replies, worth
 from prefopt.config import run_from
 from prefopt.config.yaml import Document
@@ -58,8 +59,8 @@ def main(folder: str = "runs/bandit", steps: str = "100") -> None:
     told = {label: intervals(runs) for label, runs in figures.items()}
     for label, metrics in told.items():
         print(f"{label:36}", *(f"{key} {mean} [{low}, {high}]" for key, (mean, low, high) in metrics.items()))
-    report = {"beta": BETA, "steps": int(steps), "times": TIMES, "draws_per_step": 256, "seeds": len(SEEDS)}
-    report["methods"] = told
+    report = {"commit": short_commit(), "torch": torch.__version__, "beta": BETA, "steps": int(steps), "times": TIMES}
+    report |= {"draws_per_step": 256, "seeds": len(SEEDS), "methods": told}
     write_text(RESULT, json.dumps(report, indent=1) + "\n")
 
 

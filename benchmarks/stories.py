@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from prefopt.bench.plots import Axis
+from prefopt.bench.report import short_commit
 from prefopt.config import read_document, run_from
 from prefopt.engine.folder import write_text
 from prefopt.plugins import load
@@ -63,7 +64,14 @@ def main(folder: str = "runs/stories") -> None:
             f"{label:24}", *(f"{name} {facts[name]}" for name in facts if name == "gained" or name.endswith("_ratio"))
         )
         print(*(f"    {verdict}" for verdict in facts["verdicts"]), sep="\n")
-    write_text(RESULT, json.dumps({"seeds": len(SEEDS), "files": hashes(), "methods": told}, indent=1) + "\n")
+    report = {
+        "commit": short_commit(),
+        "torch": torch.__version__,
+        "seeds": len(SEEDS),
+        "files": hashes(),
+        "methods": told,
+    }
+    write_text(RESULT, json.dumps(report, indent=1) + "\n")
     write_text(IMAGE, drawing({label: facts["curves"] for label, facts in told.items()}))
 
 

@@ -30,11 +30,13 @@ def main_job(out: Path) -> float:
 
 
 @pytest.mark.slow
-def test_in_five_minutes_all_methods_are_compared_and_each_is_above_sft_beyond_doubt(tmp_path):
+def test_in_five_minutes_all_methods_are_compared_and_each_interval_is_above_that_of_sft(tmp_path):
+    """With five seeds: with three, half of all choices of seeds fail (`benchmarks/README.md`). The time is that of an idle
+    machine."""
     seconds = main_job(tmp_path / "out")
     report = Report.model_validate_json((tmp_path / "out/report.json").read_text("utf-8"))
     assert [line.n for line in report.summary] == [5] * 12
-    assert seconds < 300
     gold = {line.label: line.metrics["gold_reward"] for line in report.summary}
     for label in gold.keys() - {"SFT"}:
         assert gold[label].low > gold["SFT"].high, label
+    assert seconds < 300
