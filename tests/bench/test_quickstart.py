@@ -31,7 +31,7 @@ def main_job(out: Path) -> float:
 
 @pytest.mark.slow
 def test_in_five_minutes_all_methods_are_compared_and_each_interval_is_above_that_of_sft(tmp_path):
-    """With five seeds: with three, half of all choices of seeds fail (`benchmarks/README.md`). Time is an idle machine's."""
+    """With five seeds: with three, half of all choices of seeds fail (`benchmarks/README.md`). Idle, that is."""
     seconds = main_job(tmp_path / "out")
     report = Report.model_validate_json((tmp_path / "out/report.json").read_text("utf-8"))
     assert [line.n for line in report.summary] == [5] * 12
