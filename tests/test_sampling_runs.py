@@ -210,6 +210,16 @@ class Met:
     class DrawingContinuous(Drawing, Continuous):
         name = "toy_met_continuous"
 
+    class Backwards(Plain):
+        def open(self, model, other=None, mix=0.0):
+            drawer = super().open(model, other, mix)
+            return lambda requests: reversed(list(drawer(requests)))
+
+    class DrawingBackwards(Drawing, Backwards):
+        """The first row's replies come last."""
+
+        name = "toy_met_backwards"
+
 
 SECTIONS = {
     "algorithm": {"name": "toy_reinforce"},
@@ -480,7 +490,7 @@ def test_rewards_may_be_asked_for_while_others_are_drawn_with_the_same_result(
     assert max(m["sampler/gap"] for m in metrics(parts.folder)) < 1e-5  # each reply is beside its own prompt
 
 
-@pytest.mark.parametrize("drawing", [Met.DrawingPlain, Met.DrawingContinuous])
+@pytest.mark.parametrize("drawing", [Met.DrawingPlain, Met.DrawingContinuous, Met.DrawingBackwards])
 def test_a_reward_is_at_work_while_replies_are_drawn(tiny_model, tmp_path, found, drawing):
     Met.scoring.clear()
     Met.drawn.clear()

@@ -10,6 +10,7 @@ from collections.abc import Sequence as List
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import islice
+from operator import itemgetter
 from statistics import fmean
 from typing import Any
 
@@ -25,6 +26,8 @@ from prefopt.errors import ServiceError
 from prefopt.rows import Completion, Role, Rollout, Row
 from prefopt.sampling import Drawer, Request
 
+Drawn = tuple[int, Rollout]
+"""The group of a row, with the row's place among those that are drawn for."""
 Scored = tuple[Rollout, list[Score]]
 
 
@@ -117,26 +120,33 @@ class Collector:
         """The groups of these rows in their order, drawn and scored by all ranks together."""
         places = range(self.ranks.rank, len(index), self.ranks.world)
         opened = self._opened_rows([(place, self._row(index[place])) for place in places])
-        groups = self._drawn(step, [(row, ids) for _, row, ids in opened])
-        scored = self._scored_at_once(list(groups)) if self.settings.overlap is None else self._overlapping(groups)
-        mine = [(place, *one) for (place, _, _), one in zip(opened, scored, strict=True)]
+        drawn = self._drawn(step, [(row, ids) for _, row, ids in opened])
+        scored = (
+            self._overlapping(drawn)
+            if self.settings.overlap
+            else self._scored_at_once(sorted(drawn, key=itemgetter(0)))
+        )
+        mine = [(opened[i][0], *scored[i]) for i in range(len(opened))]
         return [(group, own) for _, group, own in sorted(self.ranks.gather(mine), key=lambda item: item[0])]
 
-    def _scored_at_once(self, groups: List[Rollout]) -> list[Scored]:
-        return list(zip(groups, self._scores(groups), strict=True))
+    def _scored_at_once(self, drawn: List[Drawn]) -> dict[int, Scored]:
+        """By the places of their rows."""
+        groups = [group for _, group in drawn]
+        found = zip(groups, self._scores(groups), strict=True)
+        return {i: one for (i, _), one in zip(drawn, found, strict=True)}
 
-    def _overlapping(self, groups: Iterator[Rollout]) -> list[Scored]:
-        """Some are scored while others are drawn: `overlap` at a time in the order of the rows, so that it depends on
-        nobody's pace which are scored together."""
-        asked: list[Future[list[Scored]]] = []
+    def _overlapping(self, drawn: Iterator[Drawn]) -> dict[int, Scored]:
+        """Some are scored while others are drawn: `overlap` at a time in the order in which they are whole, which
+        depends on what is drawn and on nobody's pace."""
+        asked: list[Future[dict[int, Scored]]] = []
         pool = ThreadPoolExecutor(1)
         try:
-            while some := list(islice(groups, self.settings.overlap)):
+            while some := list(islice(drawn, self.settings.overlap)):
                 asked.append(pool.submit(self._scored_at_once, some))
                 for one in asked:
                     if one.done():
                         one.result()  # what failed ends the drawing too
-            return [scored for one in asked for scored in one.result()]
+            return {i: scored for one in asked for i, scored in one.result().items()}
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
@@ -144,18 +154,17 @@ class Collector:
         """Those whose prompts fit, with their tokens."""
         return [(place, row, ids) for place, row in rows if (ids := self.renderer.opening(row.prompt)) is not None]
 
-    def _drawn(self, step: int, opened: List[tuple[Row, tuple[int, ...]]]) -> Iterator[Rollout]:
-        """The group of each row, in their order, as soon as it is whole."""
+    def _drawn(self, step: int, opened: List[tuple[Row, tuple[int, ...]]]) -> Iterator[Drawn]:
+        """The group of each row, as soon as it is whole."""
         roles = tuple(draw.role for draw in self.draws for _ in range(draw.n))
         replies: list[dict[int, Completion]] = [{} for _ in opened]
-        ready, before = 0, 0
+        before = 0
         for number, draw in enumerate(self.draws):
             for at, completion in self._open(draw)(self._requests(step, number, draw, opened)):
                 i, k = divmod(at, draw.n)
                 replies[i][before + k] = replace(completion, source=draw.source)
-                while ready < len(opened) and len(replies[ready]) == len(roles):
-                    yield _group(opened[ready][0], [replies[ready][j] for j in range(len(roles))], roles)
-                    ready += 1
+                if len(replies[i]) == len(roles):
+                    yield i, _group(opened[i][0], [replies[i][j] for j in range(len(roles))], roles)
             before += draw.n
 
     def _requests(self, step: int, number: int, draw: Draw, opened: List[tuple[Row, tuple[int, ...]]]) -> list[Request]:
