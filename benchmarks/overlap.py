@@ -5,7 +5,7 @@
 WORKLOAD is made by `compare/workload.py`. The reward is a service on this machine, a process of its own, that answers
 each request after SECONDS; `http` asks four at a time. Lengths are uneven, as in `rollout.py`. Every way makes the same
 step in turn, in one process, after a turn that is not counted; what they draw and its scores must be equal. `at once`
-scores when everything is drawn; `no wait` does so with a service that answers immediately: no step falls below that.
+scores when everything is drawn; `no wait` does so with a service that answers immediately, and is all that can be had.
 """
 
 from __future__ import annotations
@@ -128,6 +128,7 @@ def main() -> None:
                 taken[way] += [seconds] if turn else []
                 print(f"{way}: {seconds:.1f} s, {found.sampled} tokens", flush=True)
     report = {"commit": short_commit(), "torch": torch.__version__, "wait_seconds": SECONDS, "tokens": found.sampled}
+    report |= {"prompts": options.prompts, "samples": options.samples}
     for way, seconds in taken.items():
         print(f"{way:12}{median(seconds):6.1f} s, of {', '.join(f'{s:.1f}' for s in seconds)}")
     write_text(options.out, json.dumps({**report, "seconds": taken}, indent=1) + "\n")

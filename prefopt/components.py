@@ -393,7 +393,8 @@ class Sampler(Component):
 
     def open(self, model: LanguageModel, other: LanguageModel | None = None, mix: float = 0.0) -> Drawer:
         """The function that draws. Its completions carry `ids` and `logps`, the latter of the distribution that was
-        drawn from. With `other` that is the geometric mixture p(v) ~ model(v)^(1 - mix) other(v)^mix."""
+        drawn from. With `other` that is the geometric mixture p(v) ~ model(v)^(1 - mix) other(v)^mix. Their order must
+        not depend on time: with `rollout.overlap` it says which are scored together, and runs repeat themselves."""
         raise NotImplementedError(f"sampler `{self.name}` must define open")
 
 

@@ -74,4 +74,4 @@ class Arena(Protocol):
 
 Drawer = Callable[[List[Request]], Iterable[tuple[int, Completion]]]
 """Draws one completion for each request and gives them as they are finished, each with the place of its request. Their
-order may depend on what is drawn, not on anybody's pace: a run repeats itself."""
+order must not depend on time."""

@@ -22,7 +22,7 @@ from prefopt.data.streams import Order, derive, generator
 from prefopt.engine.alarms import completion_metrics
 from prefopt.engine.journal import Collected, Journal, Unused
 from prefopt.engine.ranks import Ranks
-from prefopt.errors import ServiceError
+from prefopt.errors import PluginError, ServiceError
 from prefopt.rows import Completion, Role, Rollout, Row
 from prefopt.sampling import Drawer, Request
 
@@ -121,23 +121,21 @@ class Collector:
         places = range(self.ranks.rank, len(index), self.ranks.world)
         opened = self._opened_rows([(place, self._row(index[place])) for place in places])
         drawn = self._drawn(step, [(row, ids) for _, row, ids in opened])
-        scored = (
-            self._overlapping(drawn)
-            if self.settings.overlap
-            else self._scored_at_once(sorted(drawn, key=itemgetter(0)))
-        )
-        mine = [(opened[i][0], *scored[i]) for i in range(len(opened))]
+        scored = self._overlapping(drawn) if self.settings.overlap else self._scored_at_once(list(drawn))
+        if scored.keys() != set(range(len(opened))):
+            raise PluginError("the sampler did not give one completion for each request", where="sampler")
+        mine = [(place, *scored[i]) for i, (place, _, _) in enumerate(opened)]
         return [(group, own) for _, group, own in sorted(self.ranks.gather(mine), key=lambda item: item[0])]
 
     def _scored_at_once(self, drawn: List[Drawn]) -> dict[int, Scored]:
-        """By the places of their rows."""
-        groups = [group for _, group in drawn]
-        found = zip(groups, self._scores(groups), strict=True)
-        return {i: one for (i, _), one in zip(drawn, found, strict=True)}
+        """By the places of their rows, and scored in the order of these."""
+        whole = dict(sorted(drawn, key=itemgetter(0)))
+        found = zip(whole.values(), self._scores([*whole.values()]), strict=True)
+        return dict(zip(whole, found, strict=True))
 
     def _overlapping(self, drawn: Iterator[Drawn]) -> dict[int, Scored]:
-        """Some are scored while others are drawn: `overlap` at a time in the order in which they are whole, which
-        depends on what is drawn and on nobody's pace."""
+        """Some are scored while others are drawn: `overlap` at a time in the order in which they are whole. What is
+        drawn and how says which come together, no clock."""
         asked: list[Future[dict[int, Scored]]] = []
         pool = ThreadPoolExecutor(1)
         try:

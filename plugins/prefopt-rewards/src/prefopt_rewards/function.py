@@ -52,7 +52,8 @@ class FunctionReward(RewardSource):
     """What a call is for: all completions of a prompt, or one, as `f(prompt, completion, row)`, which returns one
     number; a call that fails then costs no other completion its score."""
     deadline: PositiveFloat = 30.0
-    """Seconds for all completions of a step. What has no score then has none."""
+    """Seconds for all completions of a step, or for those that `rollout.overlap` scores together. What has no score
+    then has none."""
     load_deadline: PositiveFloat = 60.0
     """Seconds for importing the module when a run begins."""
     memory_mb: PositiveInt | None = 4096

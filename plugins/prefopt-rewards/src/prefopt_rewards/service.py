@@ -57,7 +57,8 @@ class HTTPReward(RewardSource):
     token: TokenName | None = None
     """The environment variable with a bearer token, as `env:NAME`."""
     deadline: PositiveFloat = 60.0
-    """Seconds for all completions of a step. What has no score then has none."""
+    """Seconds for all completions of a step, or for those that `rollout.overlap` scores together. What has no score
+    then has none."""
     timeout: PositiveFloat = 20.0
     """Seconds for one request, from connecting to the last byte."""
     retries: NonNegativeInt = 3

@@ -68,16 +68,19 @@ class Engine:
     # --- drawing ----------------------------------------------------------------------------------------------------
 
     def draw(self, model: LanguageModel, requests: List[Request]) -> Iterator[tuple[int, Completion]]:
-        """A completion for each request. Raises `ServiceError` when the server cannot be made to give them."""
+        """A completion for each request, in their order. Raises `ServiceError` when the server cannot be made to give
+        them."""
+        drawn: dict[int, Drawn] = {}
         wanted = [(request, self.sampler.room(model, request)) for request in requests]
         weights, left, failures = Weights(model, self.sampler.limit), list(range(len(requests))), 0
         while left:
             found, why = self._some(weights, [wanted[i] for i in left])
-            yield from ((left[k], self._completion(model, one)) for k, one in found.items())
+            drawn |= {left[k]: one for k, one in found.items()}
             left = [i for k, i in enumerate(left) if k not in found]
             if why is not None:
                 failures = 1 if found else failures + 1
                 self._recover(why, failures)
+        yield from ((i, self._completion(model, drawn[i])) for i in range(len(requests)))
 
     def _some(
         self, weights: Weights, wanted: List[tuple[Request, int]]
