@@ -122,8 +122,6 @@ class Collector:
         opened = self._opened_rows([(place, self._row(index[place])) for place in places])
         drawn = self._drawn(step, [(row, ids) for _, row, ids in opened])
         scored = self._overlapping(drawn) if self.settings.overlap else self._scored_at_once(list(drawn))
-        if scored.keys() != set(range(len(opened))):
-            raise PluginError("the sampler did not give one completion for each request", where="sampler")
         mine = [(place, *scored[i]) for i, (place, _, _) in enumerate(opened)]
         return [(group, own) for _, group, own in sorted(self.ranks.gather(mine), key=lambda item: item[0])]
 
@@ -153,17 +151,20 @@ class Collector:
         return [(place, row, ids) for place, row in rows if (ids := self.renderer.opening(row.prompt)) is not None]
 
     def _drawn(self, step: int, opened: List[tuple[Row, tuple[int, ...]]]) -> Iterator[Drawn]:
-        """The group of each row, as soon as it is whole."""
+        """The group of each row, as soon as it is whole. Raises `PluginError` unless a sampler gives one completion for
+        each request."""
         roles = tuple(draw.role for draw in self.draws for _ in range(draw.n))
         replies: list[dict[int, Completion]] = [{} for _ in opened]
         before = 0
         for number, draw in enumerate(self.draws):
             for at, completion in self._open(draw)(self._requests(step, number, draw, opened)):
                 i, k = divmod(at, draw.n)
+                _promised(before + k not in replies[i])
                 replies[i][before + k] = replace(completion, source=draw.source)
                 if len(replies[i]) == len(roles):
                     yield i, _group(opened[i][0], [replies[i][j] for j in range(len(roles))], roles)
             before += draw.n
+            _promised(all(len(own) == before for own in replies))
 
     def _requests(self, step: int, number: int, draw: Draw, opened: List[tuple[Row, tuple[int, ...]]]) -> list[Request]:
         return [
@@ -214,6 +215,11 @@ class Collector:
             where=_place(step, group),
             fix="Mend the reward, or set rollout.on_missing to retry, drop_sample or drop_group.",
         )
+
+
+def _promised(kept: bool) -> None:
+    if not kept:
+        raise PluginError("the sampler did not give one completion for each request", where="sampler")
 
 
 def _group(row: Row, replies: List[Completion], roles: tuple[Role, ...]) -> Rollout:

@@ -52,12 +52,12 @@ class Step:
     """The rows that were scored together, call by call."""
 
     @classmethod
-    def of(cls, folder, overlap, rank=0, world=1, keep=lambda group: True, lost=None):
+    def of(cls, folder, overlap, rank=0, world=1, keep=lambda group: True, times=lambda i: 1):
         together = []
 
         def drawer(requests):
             order = sorted(range(len(requests)), key=lambda i: (i % 2, LENGTHS[requests[i].prompt[0]]))
-            return ((i, Completion(f"{requests[i].prompt[0]}.{i % 2}")) for i in order if i != lost)
+            return ((i, Completion(f"{requests[i].prompt[0]}.{i % 2}")) for i in order for _ in range(times(i)))
 
         def score(groups):
             together.append([group.index for group in groups])
@@ -111,7 +111,15 @@ def test_rows_in_place_of_refused_ones_are_scored_as_they_end(tmp_path):
     assert step.together == [[4, 1], [5, 3], [0], rows[3:]]
 
 
-@pytest.mark.parametrize("overlap", [None, 2])
-def test_a_sampler_that_gives_too_little_is_told_so(tmp_path, overlap):
+@pytest.mark.parametrize("times", [0, 2])
+def test_a_sampler_that_does_not_answer_each_request_once_is_told_so_before_anything_is_scored(tmp_path, times):
+    step = Step.of(tmp_path, None, times=lambda i: times if i == 3 else 1)
     with pytest.raises(PluginError, match="did not give one completion for each request"):
-        Step.of(tmp_path, overlap, lost=3).rows()
+        step.rows()
+    assert step.together == []
+
+
+@pytest.mark.parametrize("times", [0, 2])
+def test_it_is_told_so_while_others_are_scored(tmp_path, times):
+    with pytest.raises(PluginError, match="did not give one completion for each request"):
+        Step.of(tmp_path, 2, times=lambda i: times if i == 3 else 1).rows()
